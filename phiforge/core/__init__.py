@@ -1,0 +1,1 @@
+"""Floor 0: records, the run store, progress, statistics and pages; knows nothing of models."""
