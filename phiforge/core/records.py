@@ -142,7 +142,6 @@ def read_records(path: str | Path, kind: type[Record]) -> Iterator[Record]:
         yield from_dict(kind, row, where)
 
 
-
 def is_record_file(path: Path) -> bool:
     """Whether the name says that the file holds records."""
     return path.name.endswith((".jsonl", ".jsonl.gz", ".parquet"))
