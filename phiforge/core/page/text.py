@@ -23,19 +23,24 @@ from phiforge.core.page.markup import Html, element, escape
 
 MAX_FORMULA_CHARACTERS = 2000
 
-_PROSE = set(
+
+def _names(text: str) -> set[str]:
+    return set(text.split())
+
+
+_PROSE = _names(
     "p br hr h1 h2 h3 h4 h5 h6 ul ol li blockquote pre code span div strong em del sub sup a "
-    "table thead tbody tr th td".split()  # noqa: SIM905
+    "table thead tbody tr th td"
 )
-_MATH = set(
+_MATH = _names(
     "math mrow mi mn mo ms mtext mspace mfrac msqrt mroot msub msup msubsup munder mover "
     "munderover mmultiscripts mprescripts none mtable mtr mtd mpadded mphantom mstyle menclose "
-    "semantics".split()  # noqa: SIM905
+    "semantics"
 )
-_MATH_ATTRIBUTES = set(
+_MATH_ATTRIBUTES = _names(
     "display mathvariant stretchy fence separator form lspace rspace minsize maxsize linethickness "
     "columnalign rowspacing columnspacing columnlines rowlines accent accentunder displaystyle "
-    "scriptlevel width height depth notation movablelimits symmetric largeop".split()  # noqa: SIM905
+    "scriptlevel width height depth notation movablelimits symmetric largeop"
 )
 _ATTRIBUTES = {
     "a": {"href"},
