@@ -296,7 +296,7 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
 
 
 def check_outputs(folder: Path, manifest: dict[str, Any], hashes: bool = False) -> None:
-    """Raise ValueError when an output of a finished stage is missing, truncated or (hashes) altered."""
+    """Raise ValueError when an output is missing, truncated or, with `hashes`, altered."""
     for row in manifest["outputs"]:
         file = folder / row["path"]
         remedy = f"run again with --rebuild {manifest['stage']}"

@@ -1,0 +1,286 @@
+"""The command line: `phiforge run nano`, `phiforge chat runs/nano`, `phiforge --help`.
+
+Every command exits with 0 (done), 1 (failed) or 2 (misused); results go to standard output (with
+--json as JSON), progress and messages to standard error.
+"""
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from phiforge import __version__
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    help="phiforge: everything that makes a small language model that reasons, in one recipe.",
+    epilog="First: `phiforge doctor`, then `phiforge run nano`, then `phiforge chat runs/nano-s0`.",
+)
+
+RunsOption = Annotated[Path, typer.Option("--runs", help="Folder that holds the run folders.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Override one value, e.g. pretrain.steps=10."),
+]
+RecipeArgument = Annotated[str, typer.Argument(help="A shipped recipe's name, or a YAML file.")]
+
+
+def _version(value: bool) -> None:
+    if value:
+        print(f"phiforge {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    """Options that belong to no command."""
+
+
+@app.command(epilog="Example: `phiforge run nano --set seed=1`")
+def run(
+    recipe: RecipeArgument,
+    runs: RunsOption = Path("runs"),
+    set: SetOption = None,
+    rebuild: Annotated[
+        list[str] | None,
+        typer.Option(help="Make this stage anew, and what follows from it; 'all' for every one."),
+    ] = None,
+    until: Annotated[str | None, typer.Option(help="Stop after this stage.")] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Run a recipe; finished stages are skipped, an interrupted run goes on where it was."""
+    from phiforge.recipe import run as run_recipe
+
+    folder = run_recipe(recipe, runs, _overrides(set), rebuild or (), until)
+    report = folder / "report" / "index.html"
+    if json_output:
+        _print_json({"run": str(folder), "stages": _stage_rows(folder)})
+        return
+    _print_table(_stage_rows(folder), ("stage", "state", "clock", "facts"))
+    if report.exists():
+        print(f"\nreport: {report}")
+    print(f"chat:   phiforge chat {folder}")
+
+
+@app.command(epilog="Example: `phiforge status runs/nano-s0`")
+def status(
+    folder: Annotated[Path, typer.Argument(help="A run folder.")],
+    verify: Annotated[bool, typer.Option(help="Also check every output's hash.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Show what a run folder holds, and what a running stage last said."""
+    if not folder.is_dir():
+        raise ValueError(f"{folder}: no such run folder")
+    rows = _stage_rows(folder, verify)
+    if json_output:
+        _print_json(rows)
+    else:
+        _print_table(rows, ("stage", "state", "clock", "facts"))
+    if any(row["state"] == "damaged" for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `phiforge explain nano --set pretrain.lr=1e-3`")
+def explain(
+    recipe: RecipeArgument,
+    runs: RunsOption = Path("runs"),
+    set: SetOption = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Say for every stage whether it would run, and why; nothing is started."""
+    from phiforge.recipe import explain as explain_recipe
+
+    rows = explain_recipe(recipe, runs, _overrides(set))
+    if json_output:
+        _print_json(rows)
+        return
+    for row in rows:
+        print(f"{row['stage']:<12} {row['action']:<8} {row['reasons'][0]}")
+        for reason in row["reasons"][1:]:
+            print(f"{'':<21} {reason}")
+
+
+@app.command(epilog="Example: `phiforge stages`")
+def stages(json_output: JsonOption = False) -> None:
+    """Print the stage table: what each stage reads and writes."""
+    from phiforge.stages import STAGES
+
+    rows = [
+        {"stage": s.name, "reads": ", ".join(s.reads) or "-", "writes": s.writes} for s in STAGES
+    ]
+    if json_output:
+        _print_json(rows)
+    else:
+        _print_table(rows, ("stage", "reads", "writes"))
+
+
+@app.command(epilog="Example: `phiforge stage pivotal --run runs/mine --input sft=my-model`")
+def stage(
+    name: Annotated[str, typer.Argument(help="A stage of `phiforge stages`.")],
+    run: Annotated[Path, typer.Option(help="Run folder; the result goes to RUN/NAME.")],
+    input: Annotated[
+        list[str] | None,
+        typer.Option(metavar="STAGE=FOLDER", help="A folder that stands in for an earlier stage."),
+    ] = None,
+    set: SetOption = None,
+    rebuild: Annotated[bool, typer.Option(help="Make it anew.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Run one stage alone, on folders of your own; resumes and skips like a run."""
+    from phiforge.recipe import run_stage
+
+    manifest = run_stage(name, run, _pairs(input, "--input"), _overrides(set), rebuild)
+    if json_output:
+        _print_json(manifest)
+    else:
+        print(run / name)
+
+
+@app.command(epilog="Example: `phiforge report runs/nano-s0`")
+def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
+    """Build a run's HTML report again from its files (of an unfinished run too)."""
+    from phiforge.report import build
+
+    print(build(folder))
+
+
+@app.command(epilog="Example: `phiforge chat runs/nano-s0`")
+def chat(
+    model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a hub name.")],
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Longest answer, in tokens.")] = 256,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+) -> None:
+    """Talk to a model in the terminal; answers appear as they are made."""
+    from phiforge.serve.terminal import chat as chat_loop
+
+    chat_loop(model, system=system, temperature=temperature, max_tokens=max_tokens, seed=seed)
+
+
+@app.command(epilog="Example: `phiforge doctor --json`")
+def doctor(json_output: JsonOption = False) -> None:
+    """Check this machine: Python, torch, bf16, compiler, GPU, extras, memory, disk."""
+    from phiforge.doctor import examine
+
+    rows = examine()
+    if json_output:
+        _print_json(rows)
+    else:
+        _print_table(rows, ("check", "state", "detail"))
+    if any(row["state"] == "missing" for row in rows):
+        raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `phiforge init my-model --from nano`")
+def init(
+    folder: Annotated[Path, typer.Argument(help="Folder to make.")],
+    source: Annotated[str, typer.Option("--from", help="A shipped recipe to start from.")] = "nano",
+) -> None:
+    """Start a project: a folder with a recipe of your own to edit."""
+    from phiforge.recipe import find_recipe
+
+    target = folder / "recipe.yaml"
+    if target.exists():
+        raise ValueError(f"{target} exists already; choose another folder")
+    text = find_recipe(source).read_text(encoding="utf-8")
+    folder.mkdir(parents=True, exist_ok=True)
+    target.write_text(text, encoding="utf-8")
+    print(f"{target}\nEdit it, then: phiforge explain {target} && phiforge run {target}")
+
+
+def _overrides(pairs: list[str] | None) -> dict[str, Any]:
+    from phiforge.recipe import parse_value
+
+    return {key: parse_value(value) for key, value in _pairs(pairs, "--set").items()}
+
+
+def _pairs(pairs: list[str] | None, option: str) -> dict[str, str]:
+    found = {}
+    for pair in pairs or ():
+        key, separator, value = pair.partition("=")
+        if not separator or not key:
+            raise ValueError(f"{option} {pair!r}: write it as KEY=VALUE")
+        found[key] = value
+    return found
+
+
+def _stage_rows(folder: Path, verify: bool = False) -> list[dict[str, Any]]:
+    from phiforge.status import stage_rows
+
+    return stage_rows(folder, verify)
+
+
+def _print_json(value: Any) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False, default=str))
+
+
+def _print_table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
+    for column in columns:
+        table.add_column(column, overflow="fold", no_wrap=column != columns[-1])
+    for row in rows:
+        table.add_row(*(str(row.get(column, "")) for column in columns))
+    Console(width=None if sys.stdout.isatty() else 100, soft_wrap=False).print(table)
+
+
+def _os_error(error: OSError) -> str:
+    """What an operating-system error means here, and what to do."""
+    name = error.filename or "a file"
+    if error.errno == errno.ENOSPC:
+        return f"{name}: the disk is full. Free some space, then run the same command: it goes on."
+    if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
+        return (
+            f"{name}: cannot be written ({error.strerror}). Check its permissions, or use --runs."
+        )
+    return f"{name}: {error.strerror or error}"
+
+
+def main() -> None:
+    """Run the command line; errors become one message and an exit code."""
+    os.environ.setdefault("PYTHONUTF8", "1")
+    try:
+        app(standalone_mode=False)
+    except typer.Exit as stop:
+        sys.exit(stop.exit_code)
+    except (typer.Abort, KeyboardInterrupt):
+        print("\nstopped; the same command goes on from here", file=sys.stderr)
+        sys.exit(130)
+    except Exception as error:
+        sys.exit(_failed(error))
+
+
+def _failed(error: Exception) -> int:
+    import click
+
+    if isinstance(error, click.ClickException):
+        error.show()
+        return 2
+    if os.environ.get("PHIFORGE_TRACEBACK"):
+        raise error
+    if isinstance(error, OSError):
+        print(f"error: {_os_error(error)}", file=sys.stderr)
+        return 1
+    if isinstance(error, ValueError):
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if isinstance(error, RuntimeError):
+        print(f"error: {error}", file=sys.stderr)
+        print("(PHIFORGE_TRACEBACK=1 shows where)", file=sys.stderr)
+        return 1
+    raise error
