@@ -1,0 +1,1 @@
+"""Post-training data: pivotal tokens and the preference pairs made from them."""

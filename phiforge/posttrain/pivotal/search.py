@@ -1,0 +1,317 @@
+"""Pivotal-token search on an engine: many questions in flight, their rollouts in shared batches.
+
+`for token in search(engine, problems, oracle, gap=0.2): ...` or `Search.questions()` for whole
+questions. Writes only the rollout log it is given; results come in question order.
+"""
+
+from collections import Counter
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import asdict, dataclass, replace
+from itertools import groupby, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phiforge.core.records import Problem
+from phiforge.posttrain.pivotal.estimates import Ledger, Prefix, Request, Rollout
+from phiforge.posttrain.pivotal.question import (
+    PairsFrom,
+    PathChoice,
+    PivotalToken,
+    QuestionResult,
+    Settings,
+    Tokenizer,
+    investigate,
+)
+from phiforge.posttrain.pivotal.rollouts import RolloutLog, row_of
+from phiforge.verify.oracle import Oracle, OracleError
+
+if TYPE_CHECKING:
+    from phiforge.inference.interface import Completion
+    from phiforge.inference.interface import Generator as Engine
+
+METHODS = ("paper",)
+# Six decimals of a log-probability are far below its own rounding error, and halve the log.
+LOGPROB_DECIMALS = 6
+
+
+def search(
+    engine: "Engine",
+    problems: Iterable[Problem],
+    oracle: Oracle,
+    method: str = "paper",
+    gap: float = 0.2,
+    seed: int = 0,
+    *,
+    band: tuple[float, float] = (0.2, 0.8),
+    n_filter: int = 32,
+    n_rollouts: int = 64,
+    temperature: float = 1.0,
+    max_tokens: int = 512,
+    paths_per_question: int = 2,
+    path_choice: PathChoice = "balanced",
+    pairs_from: PairsFrom = "pivotal",
+    pair_gap: float | None = None,
+    min_count: int = 3,
+    max_pairs: int | None = None,
+    budget_tokens: int | None = None,
+    log: str | Path | None = None,
+    questions_in_flight: int = 64,
+    rollouts_per_call: int = 4096,
+) -> "Search":
+    """Find the tokens that move p(success) by `gap` or more (arXiv 2412.08905 §4.3, Fig. 4).
+
+    Draws `n_filter` answers a question, keeps questions with p in `band`, makes
+    `paths_per_question` of these answers paths, and bisects each at log-probability midpoints with
+    `n_rollouts` rollouts per prefix. Text prompts are encoded as they are; give chat messages for a
+    chat model. `max_tokens` bounds path + continuation. `oracle` sees the problem and the decoded
+    response without special tokens; when it raises OracleError the rollout is unscored.
+
+    `budget_tokens` (generated tokens) and `max_pairs` are spent in question order: a question
+    counts when those before it leave something. `log` makes the search resumable. The last two
+    arguments change speed alone. Raises ValueError for settings out of range.
+    """
+    if method not in METHODS:
+        raise ValueError(f"pivotal: method is {method!r}; the methods are: {', '.join(METHODS)}")
+    settings = Settings(
+        gap=gap,
+        band=band,
+        n_filter=n_filter,
+        n_rollouts=n_rollouts,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        paths_per_question=paths_per_question,
+        path_choice=path_choice,
+        pairs_from=pairs_from,
+        pair_gap=pair_gap,
+        min_count=min_count,
+        seed=seed,
+    )
+    limits = Limits(budget_tokens, max_pairs, questions_in_flight, rollouts_per_call)
+    return Search(engine, list(problems), oracle, settings, limits, Path(log) if log else None)
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much a search may spend, and how much of it at once. None: no limit."""
+
+    budget_tokens: int | None = None
+    max_pairs: int | None = None
+    questions_in_flight: int = 64
+    rollouts_per_call: int = 4096
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if value is not None and value < 1:
+                raise ValueError(f"pivotal: {name} is {value!r}; allowed: 1 or more")
+
+
+@dataclass
+class _Active:
+    """A question in flight: its coroutine and what it waits for."""
+
+    index: int
+    problem: Problem
+    prompt: Prefix
+    ledger: Ledger
+    coroutine: Generator[list[Request], None, QuestionResult]
+    requests: list[Request]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(self.ledger.num_tokens.values())
+
+
+class Search:
+    """An iterable of PivotalTokens that searches as it is read, once.
+
+    The counters cover the questions given out so far: `num_filter_tokens`, `num_search_tokens`,
+    `num_confirm_tokens` and `num_pair_tokens` (both 0: the report confirms nothing and pairs what
+    it has) are generated tokens; `num_questions`, `num_unscored` (rollouts), `num_pairs`.
+    """
+
+    def __init__(
+        self,
+        engine: "Engine",
+        problems: list[Problem],
+        oracle: Oracle,
+        settings: Settings,
+        limits: Limits,
+        log: Path | None = None,
+    ):
+        repeated = [name for name, n in Counter(p.id for p in problems).items() if n > 1]
+        if repeated:
+            raise ValueError(
+                f"pivotal: problem ids must differ; {repeated[:3]} come more than once"
+            )
+        self.engine, self.oracle = engine, oracle
+        self.settings, self.limits = settings, limits
+        self.tokenizer: Tokenizer = engine.tokenizer
+        self.num_questions = self.num_pairs = self.num_unscored = 0
+        self.num_filter_tokens = self.num_search_tokens = 0
+        self.num_confirm_tokens = self.num_pair_tokens = 0
+        self.num_discarded_tokens = 0
+        self._problems = problems
+        self._log_path = log
+        self._log: RolloutLog | None = None
+        self._active: list[_Active] = []
+        self._finished: dict[int, QuestionResult] = {}
+        self._started = 0
+        self._questions = self._run()
+
+    def __iter__(self) -> Iterator[PivotalToken]:
+        for question in self._questions:
+            yield from question.tokens
+
+    def questions(self) -> Iterator[QuestionResult]:
+        """Whole questions, in order; the same run as iterating over tokens."""
+        return self._questions
+
+    @property
+    def num_tokens(self) -> int:
+        """All generated tokens of the questions given out."""
+        return (
+            self.num_filter_tokens
+            + self.num_search_tokens
+            + self.num_confirm_tokens
+            + self.num_pair_tokens
+        )
+
+    # ------------------------------------------------------------------------ question order
+
+    def _run(self) -> Generator[QuestionResult, None, None]:
+        if self._log_path is not None:
+            self._log = RolloutLog(self._log_path, self._header())
+        try:
+            while self.num_questions < len(self._problems) and not self._exhausted():
+                if self.num_questions in self._finished:
+                    yield self._count(self._finished.pop(self.num_questions))
+                    continue
+                self._admit()
+                self._draw([(a, r) for a in self._active for r in a.requests])
+                for active in list(self._active):
+                    self._advance(active)
+            self.num_discarded_tokens = self._tokens_in_flight()
+        finally:
+            if self._log is not None:
+                self._log.close()
+
+    def _exhausted(self) -> bool:
+        budget, pairs = self.limits.budget_tokens, self.limits.max_pairs
+        spent = budget is not None and self.num_tokens >= budget
+        return spent or (pairs is not None and self.num_pairs >= pairs)
+
+    def _count(self, question: QuestionResult) -> QuestionResult:
+        if self.limits.max_pairs is not None:
+            room = self.limits.max_pairs - self.num_pairs
+            question = replace(question, pairs=question.pairs[:room])
+        self.num_questions += 1
+        self.num_pairs += len(question.pairs)
+        self.num_unscored += question.ledger.num_unscored
+        self.num_filter_tokens += question.ledger.num_tokens["filter"]
+        self.num_search_tokens += question.ledger.num_tokens["search"]
+        return question
+
+    def _tokens_in_flight(self) -> int:
+        waiting = sum(sum(q.ledger.num_tokens.values()) for q in self._finished.values())
+        return waiting + sum(active.num_tokens for active in self._active)
+
+    def _admit(self) -> None:
+        """Start questions while there is room and the earlier ones leave some of the budget."""
+        budget = self.limits.budget_tokens
+        while self._started < len(self._problems):
+            if len(self._active) >= self.limits.questions_in_flight:
+                return
+            if budget is not None and self.num_tokens + self._tokens_in_flight() >= budget:
+                return
+            problem, ledger = self._problems[self._started], Ledger()
+            prompt = _encode(self.tokenizer, problem)
+            coroutine = investigate(problem, prompt, ledger, self.settings, self.tokenizer)
+            first = next(coroutine)
+            self._active.append(_Active(self._started, problem, prompt, ledger, coroutine, first))
+            self._started += 1
+
+    def _advance(self, active: _Active) -> None:
+        try:
+            active.requests = next(active.coroutine)
+        except StopIteration as stop:
+            self._active.remove(active)
+            self._finished[active.index] = stop.value
+
+    # ------------------------------------------------------------------------------ rollouts
+
+    def _draw(self, wanted: list[tuple[_Active, Request]]) -> None:
+        """Answer all requests of a round: from the log, else in as few engine calls as possible."""
+        fresh = []
+        for active, request in wanted:
+            log = self._log
+            logged = (
+                log.read(active.problem.id, active.prompt, request) if log is not None else None
+            )
+            if logged is not None:
+                active.ledger.add(request, logged)
+            else:
+                fresh.append((active, request))
+        # One call has one n, first index and purpose; the sort keeps the questions' order.
+        for (_, n, _), group in groupby(sorted(fresh, key=_kind), key=_kind):
+            items = iter(group)
+            while part := list(islice(items, max(1, self.limits.rollouts_per_call // n))):
+                self._generate(part)
+
+    def _generate(self, part: list[tuple[_Active, Request]]) -> None:
+        """One engine call; its rollouts are scored, logged, then added to their ledgers."""
+        first = part[0][1]
+        completions = self.engine.generate(
+            [[*active.prompt, *request.prefix] for active, request in part],
+            n=first.n,
+            max_tokens=[self.settings.max_tokens - len(r.prefix) for _, r in part],
+            temperature=self.settings.temperature,
+            seed=self.settings.seed,
+            first_index=first.first_index,
+            logprobs=first.purpose == "filter",
+        )
+        drawn = [
+            [self._score(active.problem, request.prefix, sample) for sample in samples]
+            for (active, request), samples in zip(part, completions, strict=True)
+        ]
+        if self._log is not None:
+            self._log.append(
+                row_of(active.problem.id, active.prompt, request, rollouts)
+                for (active, request), rollouts in zip(part, drawn, strict=True)
+            )
+        for (active, request), rollouts in zip(part, drawn, strict=True):
+            active.ledger.add(request, rollouts)
+
+    def _score(self, problem: Problem, prefix: Prefix, sample: "Completion") -> Rollout:
+        response = self.tokenizer.decode([*prefix, *sample.token_ids], skip_special=True)
+        try:
+            success: bool | None = bool(self.oracle(problem, response))
+        except OracleError:
+            success = None
+        logprobs = None
+        if sample.logprobs is not None:
+            logprobs = tuple(round(float(x), LOGPROB_DECIMALS) for x in sample.logprobs)
+        return Rollout(tuple(sample.token_ids), success, logprobs)
+
+    def _header(self) -> dict[str, Any]:
+        """What a rollout depends on besides its prefix; the gap is not part of it."""
+        names = ("seed", "temperature", "max_tokens")
+        return {"format": 1} | {name: getattr(self.settings, name) for name in names}
+
+
+def _kind(item: tuple[_Active, Request]) -> tuple[str, int, int]:
+    request = item[1]
+    return request.purpose, request.n, request.first_index
+
+
+def _encode(tokenizer: Tokenizer, problem: Problem) -> Prefix:
+    prompt = problem.prompt
+    if isinstance(prompt, str):
+        ids = tokenizer.encode(prompt)
+    elif prompt and isinstance(prompt[0], dict):
+        messages: Any = prompt
+        ids = tokenizer.encode_chat(messages, add_generation_prompt=True)
+    else:
+        ids = [int(token) for token in prompt]  # type: ignore[arg-type]
+    if not ids:
+        raise ValueError(f"pivotal: problem {problem.id!r} has an empty prompt")
+    return tuple(ids)
