@@ -5,7 +5,7 @@ questions. Writes only the rollout log it is given; results come in question ord
 """
 
 from collections import Counter
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
@@ -23,12 +23,13 @@ from phiforge.posttrain.pivotal.question import (
     investigate,
 )
 from phiforge.posttrain.pivotal.rollouts import RolloutLog, row_of
-from phiforge.verify.oracle import Oracle, OracleError
+from phiforge.verify.answers import OracleError
 
 if TYPE_CHECKING:
     from phiforge.inference.interface import Completion
     from phiforge.inference.interface import Generator as Engine
 
+Oracle = Callable[[Problem, str], bool]
 METHODS = ("paper",)
 # Six decimals of a log-probability are far below its own rounding error, and halve the log.
 LOGPROB_DECIMALS = 6
@@ -140,9 +141,7 @@ class Search:
     ):
         repeated = [name for name, n in Counter(p.id for p in problems).items() if n > 1]
         if repeated:
-            raise ValueError(
-                f"pivotal: problem ids must differ; {repeated[:3]} come more than once"
-            )
+            raise ValueError(f"pivotal: problem ids must differ; repeated: {repeated[:3]}")
         self.engine, self.oracle = engine, oracle
         self.settings, self.limits = settings, limits
         self.tokenizer: Tokenizer = engine.tokenizer
@@ -243,10 +242,7 @@ class Search:
         """Answer all requests of a round: from the log, else in as few engine calls as possible."""
         fresh = []
         for active, request in wanted:
-            log = self._log
-            logged = (
-                log.read(active.problem.id, active.prompt, request) if log is not None else None
-            )
+            logged = self._logged(active, request)
             if logged is not None:
                 active.ledger.add(request, logged)
             else:
@@ -256,6 +252,11 @@ class Search:
             items = iter(group)
             while part := list(islice(items, max(1, self.limits.rollouts_per_call // n))):
                 self._generate(part)
+
+    def _logged(self, active: _Active, request: Request) -> list[Rollout] | None:
+        if self._log is None:
+            return None
+        return self._log.read(active.problem.id, active.prompt, request)
 
     def _generate(self, part: list[tuple[_Active, Request]]) -> None:
         """One engine call; its rollouts are scored, logged, then added to their ledgers."""

@@ -11,7 +11,7 @@ import random
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import IO, Any, Literal
@@ -22,7 +22,7 @@ from phiforge.core.config import StageConfig
 from phiforge.core.distributed import resolve_device, resolve_dtype, set_threads
 from phiforge.core.records import Problem, read_records
 from phiforge.core.store import Inputs, Metrics, StageDir
-from phiforge.posttrain.pivotal.estimates import Estimate, Request
+from phiforge.posttrain.pivotal.estimates import Estimate, Request, difference_interval
 from phiforge.posttrain.pivotal.question import (
     PairsFrom,
     PathChoice,
@@ -119,7 +119,7 @@ def run(config: PivotalConfig, inputs: Inputs, out: StageDir) -> Metrics:
 
 
 def choose_problems(path: Path, config: PivotalConfig) -> list[Problem]:
-    """The answerable problems of the wanted families, shuffled by the seed, `num_questions` of them."""
+    """`num_questions` answerable problems of the wanted families, shuffled by the seed."""
     usable = [
         problem
         for problem in read_records(path, Problem)
@@ -267,12 +267,11 @@ def _along(estimates: list[Estimate | None]) -> dict[str, list[Any]]:
 
 
 def _deltas(path: SearchedPath) -> list[dict[str, float]]:
-    from phiforge.posttrain.pivotal.estimates import difference_interval
-
     rows = []
     for i in path.pivotal:
         before, after = path.estimates[i], path.estimates[i + 1]
-        assert before is not None and after is not None
+        assert before is not None
+        assert after is not None
         low, high = difference_interval(before, after)
         rows.append({"position": i, "delta": after.p - before.p, "low": low, "high": high})
     return rows
@@ -294,9 +293,11 @@ def rollout_rows(question: QuestionResult) -> Iterator[dict[str, Any]]:
         yield row_of(question.problem.id, prompt, request, drawn)
 
 
-def _deterministic_gzip(path: Path) -> gzip.GzipFile:
+@contextmanager
+def _deterministic_gzip(path: Path) -> Iterator[gzip.GzipFile]:
     """A gzip file without name and time, so that equal rollouts give equal bytes."""
-    return gzip.GzipFile("", "wb", 6, open(path, "wb"), mtime=0)
+    with open(path, "wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
+        yield file
 
 
 def _write(file: IO[str], rows: Iterable[dict[str, Any]]) -> None:
