@@ -1,0 +1,60 @@
+"""Runs every `phiforge` command of README.md and docs/, on the ci recipe in place of nano.
+
+Run: python tests/documented_commands.py RUNS_FOLDER (which may hold a finished ci run).
+Commands stand in ```sh blocks; each must exit with 0. `phiforge chat` gets one question.
+"""
+
+import re
+import shlex
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def commands() -> list[tuple[str, str]]:
+    found = []
+    for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
+        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.M | re.S):
+            for line in block.replace("\\\n", " ").splitlines():
+                line = line.partition("  #")[0].strip()
+                if line.startswith("phiforge "):
+                    found.append((page.name, line))
+    return found
+
+
+def on_the_ci_recipe(line: str) -> str:
+    line = re.sub(r"\bnano(-full)?-s\d+", "ci", line)
+    return re.sub(r"\b(run|explain) nano(-full)?\b", r"\1 ci", line)
+
+
+def main() -> None:
+    runs = Path(sys.argv[1]).resolve()
+    done: set[str] = set()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "runs").symlink_to(runs)
+        for page, written in commands():
+            line = on_the_ci_recipe(written)
+            line = re.sub(r" --set seed=\d+", "", line)
+            if line in done:
+                continue
+            done.add(line)
+            process = subprocess.run(
+                [sys.executable, "-m", *shlex.split(line)],
+                cwd=folder,
+                input="Who are you?\n",
+                capture_output=True,
+                text=True,
+                timeout=300,
+            )
+            print(f"{page}: {line} → {process.returncode}", flush=True)
+            if process.returncode != 0:
+                sys.exit(f"{process.stdout}\n{process.stderr}\n{page}: {written}")
+    if not done:
+        sys.exit("no documented command found")
+
+
+if __name__ == "__main__":
+    main()
