@@ -1,0 +1,55 @@
+"""What training costs: floating-point operations by a printed formula, and when compiling pays.
+
+`flops_per_token(config, context)`, `choose_compile(exec, ...)`. Nothing is written.
+"""
+
+from __future__ import annotations
+
+import shutil
+
+import torch
+
+from phiforge.core.config import Exec
+from phiforge.model.config import PhiConfig
+
+FLOPS_FORMULA = "6 x matrix parameters x tokens + 6 x layers x heads x head_dim x context x tokens"
+
+# Measured on 2 cores (see docs/decisions.md): compiling saves about a tenth of a bf16 step on a CPU
+# and costs half a minute, so a run must hold some minutes of work before it pays.
+_MIN_FLOPS_TO_COMPILE = {"cpu": 1e15, "cuda": 1e17}
+
+
+def matrix_parameters(config: PhiConfig) -> int:
+    """Parameters that multiply activations: every matrix but the input embedding's lookup."""
+    norms = (2 * config.num_layers + 1) * config.hidden_size
+    lookup = 0 if config.tie_word_embeddings else config.vocab_size * config.hidden_size
+    return config.num_parameters - norms - lookup
+
+
+def flops_per_token(config: PhiConfig, context: int) -> float:
+    """Floating-point operations of forward and backward per token, causal attention over `context`.
+
+    FLOPS_FORMULA per token; a token sees half the context on average, and document masks are not
+    subtracted. 6 = 2 (multiply, add) x 3 (forward, two products backward).
+    """
+    attention = config.num_layers * config.num_heads * config.head_size * context
+    return 6.0 * matrix_parameters(config) + 6.0 * attention
+
+
+def choose_compile(
+    exec: Exec, device: torch.device, planned_flops: float, fixed_shapes: bool
+) -> tuple[bool, str]:
+    """Whether to compile the layers, and why; a function of the plan alone, so it never varies.
+
+    "on" without a C++ compiler falls back to eager with that reason.
+    """
+    if exec.compile == "off":
+        return False, "exec.compile is off"
+    if exec.compile == "auto" and not fixed_shapes:
+        return False, "shapes differ from step to step"
+    least = _MIN_FLOPS_TO_COMPILE.get(device.type, 1e17)
+    if exec.compile == "auto" and planned_flops < least:
+        return False, f"{planned_flops:.2g} planned FLOPs; compiling pays from {least:.0e}"
+    if device.type == "cpu" and not any(map(shutil.which, ("g++", "clang++", "c++"))):
+        return False, "no C++ compiler found (g++, clang++ or c++)"
+    return True, "exec.compile is on" if exec.compile == "on" else f"{planned_flops:.2g} FLOPs"
