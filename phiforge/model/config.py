@@ -1,7 +1,7 @@
 """The architecture of a Phi decoder as one frozen dataclass, with presets from nano to phi-4.
 
-`PhiConfig.preset("phi-4").num_parameters` is 14_659_507_200; `preset(name, vocab_size=4096)`
-changes fields. Nothing is written; `model/huggingface.py` turns a configuration into files and back.
+`PhiConfig.preset("phi-4").num_parameters` is 14_659_507_200; `preset(name, num_layers=2)` changes
+fields. Nothing is written; `model/huggingface.py` turns a configuration into files and back.
 """
 
 from __future__ import annotations
