@@ -8,6 +8,7 @@ import base64
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -121,7 +122,7 @@ def _apply(merges: Sequence[tuple[str, str]], word: str) -> list[str]:
     rank = {merge: index for index, merge in enumerate(merges)}
     parts = list(word)
     while len(parts) > 1:
-        pairs = [(rank.get(pair, len(rank)), at) for at, pair in enumerate(zip(parts, parts[1:]))]
+        pairs = [(rank.get(pair, len(rank)), at) for at, pair in enumerate(pairwise(parts))]
         best, at = min(pairs)
         if best == len(rank):
             break
@@ -214,7 +215,7 @@ def _split_of(token: bytes, rank: dict[bytes, int]) -> tuple[bytes, bytes]:
     while len(parts) > 2:
         candidates = [
             (rank.get(left + right, len(rank)), at)
-            for at, (left, right) in enumerate(zip(parts, parts[1:]))
+            for at, (left, right) in enumerate(pairwise(parts))
         ]
         best, at = min(candidates)
         if best >= rank[token]:

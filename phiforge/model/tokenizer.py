@@ -9,10 +9,10 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
 from phiforge.model import bpe
@@ -187,7 +187,7 @@ class Tokenizer:
         if self._template().has_generation:
             return list(rendered.generated)
         spans = []
-        for role, (start, end) in zip(rendered.roles, rendered.contents):
+        for role, (start, end) in zip(rendered.roles, rendered.contents, strict=True):
             if role != "assistant":
                 continue
             found = self._special_pattern.search(rendered.text, end)
@@ -213,7 +213,7 @@ class Tokenizer:
             for span in self._assistant_spans(rendered):
                 borders |= set(span)
         ordered = sorted(borders)
-        return [(start, end) for start, end in zip(ordered, ordered[1:]) if start < end]
+        return [(start, end) for start, end in pairwise(ordered) if start < end]
 
     def _piece(self, rendered: Rendered, start: int, end: int) -> list[int]:
         text = rendered.text[start:end]
@@ -246,6 +246,8 @@ class Tokenizer:
             }
             for index, token in sorted(self.backend.get_added_tokens_decoder().items())
         }
+        # The generic class keeps tokenizer.json as it is; transformers 5 rebuilds what calls itself
+        # GPT2Tokenizer with GPT-2's own pre-tokenizer, which splits numbers otherwise.
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "added_tokens_decoder": added,

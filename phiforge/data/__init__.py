@@ -1,0 +1,1 @@
+"""Floor 4: from raw files to the batches a model trains on."""
