@@ -8,11 +8,16 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 
-from .budget import BUDGET
-from .circuits import CIRCUITS
-from .family import SPLITS, Draft, Family, Item, Split, items, split_of
-from .ordering import ORDERING
-from .stories import STORIES
+from phiforge.synth.procedural.algebra import EQUATIONS, PROBABILITY, SEQUENCES
+from phiforge.synth.procedural.budget import BUDGET
+from phiforge.synth.procedural.circuits import CIRCUITS
+from phiforge.synth.procedural.days import WEEKDAYS
+from phiforge.synth.procedural.family import SPLITS, Draft, Family, Item, Split, items, split_of
+from phiforge.synth.procedural.money import CREDIT, INTEREST, PERCENT
+from phiforge.synth.procedural.ordering import ORDERING
+from phiforge.synth.procedural.rates import CONVERSION, MOTION, WORK
+from phiforge.synth.procedural.stories import STORIES
+from phiforge.synth.procedural.truth import BOOLEAN, KNIGHTS
 
 __all__ = [
     "FAMILIES",
@@ -28,7 +33,13 @@ __all__ = [
 ]
 
 FAMILIES: dict[str, Family] = {
-    family.name: family for family in (STORIES, BUDGET, CIRCUITS, ORDERING)
+    family.name: family
+    for family in (
+        *(STORIES, EQUATIONS, SEQUENCES, PROBABILITY),  # mathematics
+        *(BUDGET, PERCENT, INTEREST, CREDIT),  # finance
+        *(CIRCUITS, CONVERSION, MOTION, WORK),  # engineering
+        *(ORDERING, BOOLEAN, KNIGHTS, WEEKDAYS),  # logic
+    )
 }
 NANO_FAMILIES = ("stories", "budget", "circuits", "ordering")
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import random
 
-from .family import Draft, Family, refuse
-from .words import GOODS, NAMES, VAGUE, plural
+from phiforge.synth.procedural.family import Draft, Family, tell
+from phiforge.synth.procedural.words import GOODS, NAMES, plural
 
 LIMITS = {1: 100, 2: 1_000, 3: 10_000}
 
@@ -73,7 +73,6 @@ def _shopping(rng: random.Random, level: int, limit: int) -> Draft:
     cost = n * price
     steps = [f"{n}*{price}={cost}"]
     extras: list[int] = []
-    words = _words(rng)
     more = ""
     for _ in range(rng.choice((0, 1, 1)) + level // 3):
         extra = rng.randint(2, (limit - 1 - cost) // 3)
@@ -84,8 +83,8 @@ def _shopping(rng: random.Random, level: int, limit: int) -> Draft:
     money = rng.randint(cost + 1, limit - 1)
     steps.append(f"{money}-{cost}={money - cost}")
     key = f"shop {money} {n}x{price} {extras}"
-    values = {"money": money, "n": n, "price": price, "more": more}
-    return _finish(rng, SHOPPING, words, values, steps, money - cost, key)
+    values = {**_words(rng), "money": money, "n": n, "price": price, "more": more}
+    return _finish(rng, SHOPPING, values, steps, money - cost, key)
 
 
 def _saving(rng: random.Random, level: int, limit: int) -> Draft:
@@ -95,9 +94,9 @@ def _saving(rng: random.Random, level: int, limit: int) -> Draft:
     spent = rng.randint(2, saved + money - 1)
     total = money + saved
     steps = [f"{n}*{price}={saved}", f"{money}+{saved}={total}", f"{total}-{spent}={total - spent}"]
-    values = {"money": money, "n": n, "price": price, "spent": spent}
+    values = {**_words(rng), "money": money, "n": n, "price": price, "spent": spent}
     key = f"save {money} {n}x{price} {spent}"
-    return _finish(rng, SAVING, _words(rng), values, steps, total - spent, key)
+    return _finish(rng, SAVING, values, steps, total - spent, key)
 
 
 def _discount(rng: random.Random, level: int, limit: int) -> Draft:
@@ -106,45 +105,36 @@ def _discount(rng: random.Random, level: int, limit: int) -> Draft:
     off = rng.randint(2, max(2, min(limit - 1 - net, limit // 2)))
     money = rng.randint(cost + 1, limit - 1)
     steps = [f"{net + off}-{off}={net}", f"{n}*{net}={cost}", f"{money}-{cost}={money - cost}"]
-    values = {"money": money, "n": n, "price": net + off, "off": off}
+    values = {**_words(rng), "money": money, "n": n, "price": net + off, "off": off}
     key = f"off {money} {n}x({net + off}-{off})"
-    return _finish(rng, DISCOUNT, _words(rng), values, steps, money - cost, key)
-
-
-MISSING = {
-    "money": "the amount of money is not given",
-    "n": "the number of {what} is not given",
-    "price": "the price is not given",
-    "spent": "the amount spent is not given",
-    "off": "the discount is not given",
-}
+    return _finish(rng, DISCOUNT, values, steps, money - cost, key)
 
 
 def _finish(
     rng: random.Random,
     templates: tuple[str, ...],
-    words: dict[str, object],
     values: dict[str, object],
     steps: list[str],
     answer: int,
     key: str,
 ) -> Draft:
-    """The draft with its bogus variant: one quantity replaced by a vague word."""
-    template = rng.choice(templates)
-    hidden = rng.choice([name for name in values if name != "more"])
-    vague = {**values, hidden: rng.choice(VAGUE)}
-    what = "payments" if templates is SAVING else words["goods"]
-    missing = MISSING[hidden].format(what=what)
-    if templates is SAVING and hidden == "price":
-        missing = "the amount of each payment is not given"
+    saving = templates is SAVING
+    missing = {
+        "money": "the amount of money is not given",
+        "n": f"the number of {'payments' if saving else values['goods']} is not given",
+        "price": f"the {'amount of each payment' if saving else 'price'} is not given",
+        "spent": "the amount spent is not given",
+        "off": "the discount is not given",
+    }
+    told = tell(rng, templates, values, missing)
     return Draft(
-        question=template.format(**values, **words),
+        question=told.question,
         steps=tuple(steps),
         answer=str(answer),
         kind="number",
         key=key,
-        bogus_question=template.format(**vague, **words),
-        refusal=refuse(missing),
+        bogus_question=told.bogus,
+        refusal=told.refusal,
     )
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import random
 
-from .family import Draft, Family, refuse
-from .words import VAGUE
+from phiforge.synth.procedural.family import Draft, Family, refuse
+from phiforge.synth.procedural.words import VAGUE
 
 SERIES = (
     "Resistors of {list} ohms are in series. The current is {i} amperes. What is the voltage?",
@@ -156,7 +156,7 @@ def _finish(
     else:
         shown[rng.randrange(len(shown))] = "unknown"
         missing = "one resistor is not given"
-    key = " ".join([templates[0][:12], *(f"{k}{v}" for k, v in values.items()), str(parts)])
+    key = f"{values} {parts}"
     return Draft(
         question=template.format(list=_listed(parts), **values),
         steps=tuple(steps),

@@ -12,9 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import random
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
+
+from phiforge.synth.procedural.words import VAGUE
 
 Split = Literal["train", "test"]
 SPLITS: tuple[Split, ...] = ("train", "test")
@@ -133,3 +135,28 @@ def refuse(missing: str) -> str:
 def sentences(parts: Sequence[str]) -> str:
     """Parts joined with single spaces; empty parts are dropped."""
     return " ".join(part for part in parts if part)
+
+
+@dataclass(frozen=True)
+class Telling:
+    """A question, the same question with one quantity hidden, and the refusal that names it."""
+
+    question: str
+    bogus: str
+    refusal: str
+
+
+def tell(
+    rng: random.Random,
+    templates: Sequence[str],
+    values: Mapping[str, object],
+    missing: Mapping[str, str],
+) -> Telling:
+    """Fill one of the templates, and once more with one of the quantities in `missing` hidden.
+
+    missing: name of a value -> what the refusal says when it is hidden ("the price is not given").
+    """
+    template = rng.choice(templates)
+    hidden = rng.choice([name for name in missing if f"{{{name}}}" in template])
+    vague = {**values, hidden: rng.choice(VAGUE)}
+    return Telling(template.format(**values), template.format(**vague), refuse(missing[hidden]))

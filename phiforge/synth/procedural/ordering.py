@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from .family import Draft, Family, refuse, sentences
-from .words import NAMES
+from phiforge.synth.procedural.family import Draft, Family, refuse, sentences
+from phiforge.synth.procedural.words import NAMES
 
 SIZES = {1: (4, 5), 2: (5, 6), 3: (6, 8)}
 NEAREST_PLACE = 3  # a nearer place would need no chain of steps

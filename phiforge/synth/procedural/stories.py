@@ -9,8 +9,8 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from .family import Draft, Family, refuse, sentences
-from .words import BOXES, NAMES, THINGS, VAGUE
+from phiforge.synth.procedural.family import Draft, Family, refuse, sentences
+from phiforge.synth.procedural.words import BOXES, NAMES, THINGS, VAGUE
 
 LIMITS = {1: 100, 2: 1_000, 3: 10_000}  # every number in a problem stays below its level's limit
 EVENTS = {1: (2, 3), 2: (3, 4), 3: (4, 6)}
