@@ -1,7 +1,7 @@
 """The loader: batches of packed rows as a pure function of (seed, step).
 
 Call `Loader(pack_folder, context, tokens_per_step, steps, mixture, seed).batch(step)`; resuming
-needs nothing but the step. `validation_batches(pack_folder, …)` walks held-out text. Writes nothing.
+needs nothing but the step. `validation_batches(pack_folder, …)` walks held-out text. It only reads.
 
 Shapes: b rows, t context length.
 """
@@ -154,7 +154,7 @@ class Loader:
         """Per part: planned and drawn tokens of the first `step` steps (all when None).
 
         Keys: source, share, unique_tokens, epoch_tokens, epoch_rows, padding, planned_tokens,
-        drawn_tokens, epochs (how often each of its tokens came), dropped_documents.
+        drawn_tokens, epochs (drawn over unique tokens), dropped_documents.
         """
         steps = self.steps if step is None else step
         counts = self.schedule.drawn(steps * self.rows_per_step)
@@ -173,7 +173,7 @@ class Loader:
                 "padding": part.rows.padding,
                 "planned_tokens": round(total * part.spec.share / total_share),
                 "drawn_tokens": tokens,
-                "epochs": tokens / part.rows.num_tokens,
+                "epochs": tokens / part.unique_tokens,
                 "dropped_documents": part.dropped_documents,
             }
             for part, tokens in zip(self.parts, drawn, strict=True)

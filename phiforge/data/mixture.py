@@ -86,7 +86,9 @@ class Schedule:
         before = np.zeros((num_blocks + 1, len(self.weights)), dtype=np.int64)
         for block in range(num_blocks):
             owed = self.weights * self.block_rows * (block + 1) - before[block]
-            counts = np.maximum(np.floor(owed + 1e-9), 0).astype(np.int64)
+            owed = np.maximum(owed, 0)
+            owed *= self.block_rows / owed.sum()
+            counts = np.floor(owed + 1e-9).astype(np.int64)
             # Largest remainders get the rows that rounding down left over.
             rest = self.block_rows - int(counts.sum())
             counts[np.argsort(counts - owed, kind="stable")[:rest]] += 1

@@ -53,54 +53,72 @@ class Shard:
         return table.column("id").to_pylist()
 
 
-def write_shard(folder: Path, documents: Iterable[Packed], meta: dict[str, Any]) -> dict[str, Any]:
-    """Write documents in the order given and return the complete meta data.
+class ShardWriter:
+    """Writes one shard document by document; `close()` completes it.
 
     `meta` (kind, end-of-document and padding token, …) is kept; counts and the SHA-256 of the
     token bytes are added. A shard is whole when its meta.json exists, because that comes last.
     """
-    import pyarrow
-    import pyarrow.parquet
 
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / META).unlink(missing_ok=True)
-    digest = hashlib.sha256()
-    ids: list[str] = []
-    lengths: list[int] = []
-    text_bytes: list[int] = []
-    masked = meta["kind"] == "chats"
-    with open(folder / TOKENS, "wb") as tokens, open(folder / MASK, "wb") as masks:
-        for document in documents:
-            data = np.asarray(document.token_ids, dtype="<u4").tobytes()
-            digest.update(data)
-            tokens.write(data)
-            if masked:
-                mask = np.asarray(document.mask, dtype=np.uint8)
-                assert len(mask) == len(document.token_ids)
-                digest.update(mask.tobytes())
-                masks.write(mask.tobytes())
-            ids.append(document.id)
-            lengths.append(len(document.token_ids))
-            text_bytes.append(document.text_bytes)
-    if not masked:
-        (folder / MASK).unlink()
-    offsets = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
-    table = {
-        "id": pyarrow.array(ids, pyarrow.string()),
-        "offset": pyarrow.array(offsets[:-1], pyarrow.int64()),
-        "text_bytes": pyarrow.array(text_bytes, pyarrow.int64()),
-    }
-    pyarrow.parquet.write_table(pyarrow.table(table), folder / DOCUMENTS)
-    full = {
-        **meta,
-        "num_documents": len(ids),
-        "num_tokens": int(offsets[-1]),
-        "num_bytes": sum(text_bytes),
-        "longest_tokens": max(lengths, default=0),
-        "sha256": digest.hexdigest(),
-    }
-    write_json(folder / META, full)
-    return full
+    def __init__(self, folder: Path, meta: dict[str, Any]) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / META).unlink(missing_ok=True)
+        self.folder, self.meta = folder, meta
+        self.masked = meta["kind"] == "chats"
+        self._digest = hashlib.sha256()
+        self._ids: list[str] = []
+        self._lengths: list[int] = []
+        self._text_bytes: list[int] = []
+        self._tokens = open(folder / TOKENS, "wb")  # noqa: SIM115 (open until close())
+        self._masks = open(folder / MASK, "wb") if self.masked else None  # noqa: SIM115
+
+    def add(self, document: Packed) -> None:
+        """Append one document."""
+        data = np.asarray(document.token_ids, dtype="<u4").tobytes()
+        self._digest.update(data)
+        self._tokens.write(data)
+        if self._masks is not None:
+            mask = np.asarray(document.mask, dtype=np.uint8)
+            assert len(mask) == len(document.token_ids), "a chat's mask has one value per token"
+            self._digest.update(mask.tobytes())
+            self._masks.write(mask.tobytes())
+        self._ids.append(document.id)
+        self._lengths.append(len(document.token_ids))
+        self._text_bytes.append(document.text_bytes)
+
+    def close(self) -> dict[str, Any]:
+        """Write document ids, offsets and meta.json; return the meta data."""
+        import pyarrow
+        import pyarrow.parquet
+
+        self._tokens.close()
+        if self._masks is not None:
+            self._masks.close()
+        ends = np.cumsum(self._lengths, dtype=np.int64)
+        table = {
+            "id": pyarrow.array(self._ids, pyarrow.string()),
+            "offset": pyarrow.array(ends - np.array(self._lengths, np.int64), pyarrow.int64()),
+            "text_bytes": pyarrow.array(self._text_bytes, pyarrow.int64()),
+        }
+        pyarrow.parquet.write_table(pyarrow.table(table), self.folder / DOCUMENTS)
+        full = {
+            **self.meta,
+            "num_documents": len(self._ids),
+            "num_tokens": int(ends[-1]) if len(ends) else 0,
+            "num_bytes": sum(self._text_bytes),
+            "longest_tokens": max(self._lengths, default=0),
+            "sha256": self._digest.hexdigest(),
+        }
+        write_json(self.folder / META, full)
+        return full
+
+
+def write_shard(folder: Path, documents: Iterable[Packed], meta: dict[str, Any]) -> dict[str, Any]:
+    """Write a whole shard and return its meta data; `meta` needs kind, eod_id and pad_id."""
+    writer = ShardWriter(folder, meta)
+    for document in documents:
+        writer.add(document)
+    return writer.close()
 
 
 def open_shard(folder: Path) -> Shard:
