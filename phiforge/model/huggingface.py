@@ -1,8 +1,8 @@
 """Hugging Face folders in and out: configuration, weights, tokenizer, model card.
 
-`model, tokenizer = load("folder-or-owner/name", dtype="bfloat16")`; `save(model, tokenizer, folder)`
-writes config.json, generation_config.json, safetensors, the tokenizer's files and README.md, all at
-once: a crash leaves the old folder or the new one.
+`model, tokenizer = load("folder-or-owner/name", dtype="bfloat16")`; `save(model, tokenizer,
+folder)` writes config.json, generation_config.json, safetensors, the tokenizer's files and
+README.md, all at once: a crash leaves the old folder or the new one.
 """
 
 from __future__ import annotations
@@ -77,9 +77,9 @@ def save(
 ) -> None:
     """Writes a folder that `transformers` loads without custom code, the same bytes every time.
 
-    `layout` "phi3" fuses q, k, v and gate, up; "llama" keeps them apart. Token ids the configuration
-    leaves open are taken from the tokenizer. `card` is Markdown added to the model card. An existing
-    model folder is replaced; ValueError if it holds other files.
+    `layout` "phi3" fuses q, k, v and gate, up; "llama" keeps them apart. Token ids the
+    configuration leaves open are taken from the tokenizer. `card` is Markdown added to the model
+    card. An existing model folder is replaced; ValueError if it holds other files.
     """
     target = Path(folder)
     torch_dtype = _dtype(dtype)

@@ -175,7 +175,7 @@ def _rope_parameters(values: Mapping[str, Any]) -> dict[str, Any]:
     for name in ("rope_theta", "partial_rotary_factor"):
         if values.get(name) is not None:
             old[name] = values[name]
-    new = {name: value for name, value in (values.get("rope_parameters") or {}).items()}
+    new = dict(values.get("rope_parameters") or {})
     for name in ("rope_theta", "partial_rotary_factor"):
         if name in new and name in old and float(new[name]) != float(old[name]):
             warnings.warn(

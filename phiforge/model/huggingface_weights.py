@@ -71,8 +71,9 @@ def read_weights(
 ) -> Iterator[tuple[str, Tensor]]:
     """Yields each parameter once, holding one tensor of the file at a time.
 
-    Either layout, or a mixture, is read. Raises FileNotFoundError for a missing file, ValueError for
-    a damaged one, an unknown or missing tensor, or a shape that `config` does not give.
+    `shapes` are the decoder's parameters. Either layout, or a mixture, is read. Raises
+    FileNotFoundError for a missing file, ValueError for a damaged one, an unknown or missing
+    tensor, or a shape that `config` does not give.
     """
     known = tensor_names(config, "phi3") | tensor_names(config, "llama")
     seen: set[str] = set()
