@@ -29,9 +29,11 @@ def rows(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file]
 
 
-def collected(folder: Path, **arguments: Any) -> tuple[dict[str, Any], dict[str, bytes]]:
+def collected(
+    folder: Path, die_at: int | None = None, **arguments: Any
+) -> tuple[dict[str, Any], dict[str, bytes]]:
     out = StageDir.scratch(folder)
-    engine = ScriptedEngine(FORK)
+    engine = ScriptedEngine(FORK, die_at=die_at)
     run = pivotal.search(
         engine,
         problems(6, family="forks"),
@@ -79,6 +81,16 @@ def test_outputs_are_the_same_bytes_however_it_ran(tmp_path: Path) -> None:
     _, resumed = collected(tmp_path / "once")
     _, small = collected(tmp_path / "small", questions_in_flight=1, rollouts_per_call=16)
     assert once == resumed == small
+
+
+@pytest.mark.parametrize("call", [0, 3, 7, 12])
+def test_outputs_are_the_same_bytes_after_a_kill(tmp_path: Path, call: int) -> None:
+    arguments: dict[str, Any] = {"rollouts_per_call": 16, "pairs_from": "all_prefixes"}
+    _, expected = collected(tmp_path / "undisturbed", **arguments)
+    with pytest.raises(KeyboardInterrupt):
+        collected(tmp_path / "killed", die_at=call, **arguments)
+    _, again = collected(tmp_path / "killed", **arguments)
+    assert again == expected
 
 
 def test_problems_are_answerable_of_the_family_and_shuffled_by_the_seed(tmp_path: Path) -> None:

@@ -133,6 +133,11 @@ class Ledger:
         return groups
 
     @property
+    def prefixes(self) -> list[Prefix]:
+        """The prefixes with rollouts, short ones first: the same order however they were drawn."""
+        return sorted(self.rollouts, key=lambda prefix: (len(prefix), prefix))
+
+    @property
     def num_unscored(self) -> int:
         """Rollouts whose oracle failed."""
         return sum(r.success is None for drawn in self.rollouts.values() for r in drawn)

@@ -297,7 +297,7 @@ def _pairs(
 ) -> list[Pair]:
     """One pair at most per prefix: before each pivotal token, or at every prefix with rollouts."""
     pivotal = dict.fromkeys(tuple(path.token_ids[:i]) for path in paths for i in path.pivotal)
-    prefixes = list(pivotal if settings.pairs_from == "pivotal" else ledger.rollouts)
+    prefixes = pivotal if settings.pairs_from == "pivotal" else ledger.prefixes
     pairs: list[Pair] = []
     for prefix in prefixes:
         pair = make_pair(

@@ -161,6 +161,12 @@ def collect(found: Search, num_problems: int, tokenizer: Any, out: StageDir) -> 
                 rollouts.write(_json(row).encode())
             counts += _count(question)
             bar.advance(1, pairs=found.num_pairs, tokens=found.num_tokens)
+    if not found.num_pairs:
+        out.note(
+            f"no pair found: {counts['searched']} of {found.num_questions} questions lie in the "
+            f"band ({counts['below band']} below, {counts['above band']} above); "
+            "a wider band, a smaller gap or more questions may help"
+        )
     return _metrics(found, counts, time.monotonic() - begin)
 
 
@@ -286,9 +292,10 @@ def token_texts(token_ids: Iterable[int], tokenizer: Any) -> list[str]:
 
 
 def rollout_rows(question: QuestionResult) -> Iterator[dict[str, Any]]:
-    """rollouts.jsonl.gz: every prefix with all its rollouts and outcomes, in the order drawn."""
+    """rollouts.jsonl.gz: every prefix with all its rollouts and outcomes, short prefixes first."""
     prompt = tuple(question.prompt_token_ids)
-    for prefix, drawn in question.ledger.rollouts.items():
+    for prefix in question.ledger.prefixes:
+        drawn = question.ledger.rollouts[prefix]
         request = Request(prefix, 0, len(drawn), "search" if prefix else "filter")
         yield row_of(question.problem.id, prompt, request, drawn)
 
