@@ -1,5 +1,6 @@
 """The search on scripted models whose p(success) is known exactly."""
 
+import random
 from collections import Counter
 from typing import Any
 
@@ -64,6 +65,57 @@ def test_every_position_of_a_path_agrees_with_the_chain() -> None:
             assert estimate is None or estimate.p == FORK.p(ids[i]) or ids[i] == STOP
         assert path.estimates[-1] is not None
         assert path.estimates[-1].exact
+
+
+def random_tree(rng: random.Random) -> Chain:
+    """Three levels of choices in quarters, so that 64 strata hit every share exactly."""
+    law: dict[int, list[tuple[int, float]]] = {}
+    names = iter(range(200, 400))
+
+    def grow(token: int, depth: int) -> None:
+        shares = rng.choice([[1.0], [0.5, 0.5], [0.75, 0.25], [0.5, 0.25, 0.25]])
+        if depth == 2:
+            shares = shares[:1] if len(shares) == 1 else [0.75, 0.25]
+            law[token] = list(zip(rng.sample([YES, NO], len(shares)), shares, strict=True))
+            return
+        law[token] = [(next(names), share) for share in shares]
+        for following, _ in law[token]:
+            grow(following, depth + 1)
+
+    grow(START, 0)
+    return Chain(law)
+
+
+def reference(chain: Chain, path: list[int], logprobs: list[float], gap: float) -> set[int]:
+    """Fig. 4 as it is written: recursive, on exact p."""
+    p = [chain.p(token) for token in [START, *path]]
+
+    def segments(start: int, stop: int) -> list[tuple[int, int]]:
+        if stop - start <= 1 or abs(p[stop] - p[start]) < gap:
+            return [(start, stop)]
+        half = sum(logprobs[start:stop]) / 2
+        cut = start + 1
+        while cut < stop - 1 and sum(logprobs[start:cut]) > half:
+            cut += 1
+        return segments(start, cut) + segments(cut, stop)
+
+    p[-1] = float(YES in path)
+    parts = segments(0, len(path))
+    return {a for a, b in parts if b - a == 1 and abs(p[b] - p[a]) >= gap}
+
+
+def test_on_random_trees_it_finds_what_figure_4_finds() -> None:
+    rng, compared = random.Random(0), 0
+    for _ in range(40):
+        chain = random_tree(rng)
+        engine = ScriptedEngine(chain, strata=64)
+        arguments: dict[str, Any] = {"n_filter": 64, "n_rollouts": 64, "gap": 0.125}
+        (question,) = search(engine, paths_per_question=20, **arguments).questions()
+        for path in question.paths:
+            expected = reference(chain, path.token_ids, path.logprobs, 0.125)
+            assert set(path.pivotal) == expected
+            compared += len(expected)
+    assert compared > 100
 
 
 def test_two_jumps_that_cancel_are_missed() -> None:
