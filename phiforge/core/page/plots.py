@@ -154,7 +154,8 @@ def _svg(draw: Any, x: str, y: str, title: str, size: tuple[float, float], *, le
         if title:
             axes.set_title(_literal(title), loc="left", fontsize=10.5)
         if legend:
-            axes.legend(labelcolor=_INK)
+            # Below the axes, where it hides no point.
+            drawing.legend(loc="outside lower left", ncols=3, labelcolor=_INK)
         return _inline(drawing, title or f"{y} over {x}")
 
 

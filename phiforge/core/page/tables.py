@@ -71,7 +71,8 @@ def quantity(value: float | None) -> Html:
             scaled = value / (1e3 if suffix == "k" else limit)
             digits = 2 if abs(scaled) < 10 else 1 if abs(scaled) < 100 else 0
             return Html(f"{scaled:.{digits}f}{suffix}")
-    return Html(_grouped(value, 0 if float(value).is_integer() else 2))
+    whole = abs(value) >= 100 or float(value).is_integer()
+    return Html(_grouped(value, 0 if whole else 2))
 
 
 def percent(
