@@ -73,7 +73,7 @@ class Call:
     prompts: list[tuple[int, ...]]
     n: int
     first_index: int
-    max_tokens: list[int]
+    max_tokens: int
 
 
 @dataclass
@@ -94,7 +94,7 @@ class ScriptedEngine:
         prompts: Sequence[Sequence[int]],
         *,
         n: int,
-        max_tokens: int | Sequence[int],
+        max_tokens: int,
         temperature: float,
         seed: int,
         first_index: int,
@@ -102,12 +102,11 @@ class ScriptedEngine:
     ) -> list[list[Sample]]:
         if len(self.calls) == self.die_at:
             raise KeyboardInterrupt
-        limits = [max_tokens] * len(prompts) if isinstance(max_tokens, int) else list(max_tokens)
-        self.calls.append(Call([tuple(p) for p in prompts], n, first_index, limits))
+        self.calls.append(Call([tuple(p) for p in prompts], n, first_index, max_tokens))
         indices = range(first_index, first_index + n)
         return [
-            [self._sample(tuple(p), seed, i, limit, logprobs) for i in indices]
-            for p, limit in zip(prompts, limits, strict=True)
+            [self._sample(tuple(p), seed, i, max_tokens, logprobs) for i in indices]
+            for p in prompts
         ]
 
     def _sample(

@@ -5,19 +5,12 @@ Prompt = question + path before the token; both sides are one token id, with no 
 """
 
 from collections.abc import Collection, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 from phiforge.core.records import Pair, Problem
+from phiforge.inference.interface import PromptTokenizer
 from phiforge.posttrain.pivotal.estimates import Estimate, Ledger, Prefix, difference_interval
 from phiforge.posttrain.pivotal.subdivide import reaches
-
-
-class Decoder(Protocol):
-    """What pairs need of a tokenizer."""
-
-    def decode(self, ids: list[int], skip_special: bool = True) -> str:
-        """Text of token ids."""
-        ...
 
 
 def best_against_worst(
@@ -49,7 +42,7 @@ def make_pair(
     prompt_token_ids: Prefix,
     prefix: Prefix,
     ledger: Ledger,
-    tokenizer: Decoder,
+    tokenizer: PromptTokenizer,
     *,
     gap: float,
     min_count: int,

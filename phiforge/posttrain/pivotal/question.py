@@ -6,9 +6,10 @@ its ledger; it returns a `QuestionResult`. It never calls an engine, so many run
 
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, Protocol
+from typing import Any, Literal
 
 from phiforge.core.records import Pair, Problem
+from phiforge.inference.interface import PromptTokenizer
 from phiforge.posttrain.pivotal.estimates import (
     Estimate,
     Ledger,
@@ -22,29 +23,6 @@ from phiforge.posttrain.pivotal.subdivide import TOLERANCE, Found, subdivide
 
 PathChoice = Literal["balanced", "natural"]
 PairsFrom = Literal["pivotal", "all_prefixes"]
-
-
-class Tokenizer(Protocol):
-    """What the search needs of a tokenizer."""
-
-    @property
-    def stop_ids(self) -> frozenset[int]:
-        """Token ids that end an answer."""
-        ...
-
-    def encode(self, text: str) -> list[int]:
-        """Token ids of text."""
-        ...
-
-    def encode_chat(
-        self, messages: list[dict[str, str]], add_generation_prompt: bool = False
-    ) -> list[int]:
-        """Token ids of chat messages."""
-        ...
-
-    def decode(self, ids: list[int], skip_special: bool = True) -> str:
-        """Text of token ids."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +128,7 @@ def investigate(
     prompt_token_ids: Prefix,
     ledger: Ledger,
     settings: Settings,
-    tokenizer: Tokenizer,
+    tokenizer: PromptTokenizer,
 ) -> Generator[list[Request], None, QuestionResult]:
     """Run the report's algorithm on one question.
 
@@ -293,7 +271,7 @@ def _pairs(
     paths: Sequence[SearchedPath],
     ledger: Ledger,
     settings: Settings,
-    tokenizer: Tokenizer,
+    tokenizer: PromptTokenizer,
 ) -> list[Pair]:
     """One pair at most per prefix: before each pivotal token, or at every prefix with rollouts."""
     pivotal = dict.fromkeys(tuple(path.token_ids[:i]) for path in paths for i in path.pivotal)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phiforge.core.records import Problem
+from phiforge.inference.interface import PromptTokenizer, prompt_token_ids
 from phiforge.posttrain.pivotal.estimates import Ledger, Prefix, Request, Rollout
 from phiforge.posttrain.pivotal.question import (
     PairsFrom,
@@ -19,7 +20,6 @@ from phiforge.posttrain.pivotal.question import (
     PivotalToken,
     QuestionResult,
     Settings,
-    Tokenizer,
     investigate,
 )
 from phiforge.posttrain.pivotal.rollouts import RolloutLog, row_of
@@ -127,7 +127,7 @@ class Search:
 
     The counters cover the questions given out so far: `num_filter_tokens`, `num_search_tokens`,
     `num_confirm_tokens` and `num_pair_tokens` (both 0: the report confirms nothing and pairs what
-    it has) are generated tokens; `num_questions`, `num_unscored` (rollouts), `num_pairs`.
+    it has) are tokens of rollouts; `num_questions`, `num_unscored` (rollouts), `num_pairs`.
     """
 
     def __init__(
@@ -144,7 +144,7 @@ class Search:
             raise ValueError(f"pivotal: problem ids must differ; repeated: {repeated[:3]}")
         self.engine, self.oracle = engine, oracle
         self.settings, self.limits = settings, limits
-        self.tokenizer: Tokenizer = engine.tokenizer
+        self.tokenizer: PromptTokenizer = engine.tokenizer
         self.num_questions = self.num_pairs = self.num_unscored = 0
         self.num_filter_tokens = self.num_search_tokens = 0
         self.num_confirm_tokens = self.num_pair_tokens = 0
@@ -223,7 +223,9 @@ class Search:
             if budget is not None and self.num_tokens + self._tokens_in_flight() >= budget:
                 return
             problem, ledger = self._problems[self._started], Ledger()
-            prompt = _encode(self.tokenizer, problem)
+            prompt = prompt_token_ids(self.tokenizer, problem.prompt)
+            if not prompt:
+                raise ValueError(f"pivotal: problem {problem.id!r} has an empty prompt")
             coroutine = investigate(problem, prompt, ledger, self.settings, self.tokenizer)
             first = next(coroutine)
             self._active.append(_Active(self._started, problem, prompt, ledger, coroutine, first))
@@ -264,14 +266,14 @@ class Search:
         completions = self.engine.generate(
             [[*active.prompt, *request.prefix] for active, request in part],
             n=first.n,
-            max_tokens=[self.settings.max_tokens - len(r.prefix) for _, r in part],
+            max_tokens=max(self._room(request) for _, request in part),
             temperature=self.settings.temperature,
             seed=self.settings.seed,
             first_index=first.first_index,
             logprobs=first.purpose == "filter",
         )
         drawn = [
-            [self._score(active.problem, request.prefix, sample) for sample in samples]
+            [self._score(active.problem, request, sample) for sample in samples]
             for (active, request), samples in zip(part, completions, strict=True)
         ]
         if self._log is not None:
@@ -282,16 +284,25 @@ class Search:
         for (active, request), rollouts in zip(part, drawn, strict=True):
             active.ledger.add(request, rollouts)
 
-    def _score(self, problem: Problem, prefix: Prefix, sample: "Completion") -> Rollout:
-        response = self.tokenizer.decode([*prefix, *sample.token_ids], skip_special=True)
+    def _room(self, request: Request) -> int:
+        """Tokens that may follow a prefix before the answer is cut."""
+        return self.settings.max_tokens - len(request.prefix)
+
+    def _score(self, problem: Problem, request: Request, sample: "Completion") -> Rollout:
+        # A call has one limit, that of its shortest prefix; the others are cut to theirs here, so
+        # that no rollout depends on what it was batched with.
+        token_ids = tuple(sample.token_ids[: self._room(request)])
+        response = self.tokenizer.decode([*request.prefix, *token_ids], skip_special=True)
         try:
             success: bool | None = bool(self.oracle(problem, response))
         except OracleError:
             success = None
         logprobs = None
         if sample.logprobs is not None:
-            logprobs = tuple(round(float(x), LOGPROB_DECIMALS) for x in sample.logprobs)
-        return Rollout(tuple(sample.token_ids), success, logprobs)
+            logprobs = tuple(
+                round(float(x), LOGPROB_DECIMALS) for x in sample.logprobs[: len(token_ids)]
+            )
+        return Rollout(token_ids, success, logprobs)
 
     def _header(self) -> dict[str, Any]:
         """What a rollout depends on besides its prefix; the gap is not part of it."""
@@ -302,17 +313,3 @@ class Search:
 def _kind(item: tuple[_Active, Request]) -> tuple[str, int, int]:
     request = item[1]
     return request.purpose, request.n, request.first_index
-
-
-def _encode(tokenizer: Tokenizer, problem: Problem) -> Prefix:
-    prompt = problem.prompt
-    if isinstance(prompt, str):
-        ids = tokenizer.encode(prompt)
-    elif prompt and isinstance(prompt[0], dict):
-        messages: Any = prompt
-        ids = tokenizer.encode_chat(messages, add_generation_prompt=True)
-    else:
-        ids = [int(token) for token in prompt]  # type: ignore[arg-type]
-    if not ids:
-        raise ValueError(f"pivotal: problem {problem.id!r} has an empty prompt")
-    return tuple(ids)
