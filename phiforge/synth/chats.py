@@ -1,7 +1,7 @@
-"""The SFT builder: chats from problems, unanswerable problems, recall tasks and questions of identity.
+"""The SFT builder: chats from problems, unanswerable problems, recall tasks, questions of identity.
 
-Each function returns one Chat; a chat is a function of its arguments. `phiforge.synth.synthesize` writes
-chats.jsonl from them.
+Each function returns one Chat, a function of its arguments; `phiforge.synth.synthesize` writes them
+to chats.jsonl.
 """
 
 from __future__ import annotations
