@@ -97,8 +97,15 @@ def backend(vocabulary: Vocabulary) -> Tokenizer:
 
 
 def _number_merges(below: int) -> list[tuple[str, str]]:
-    """Merges that make every number 10..below-1 one token: its prefix, then its last digit."""
-    return [(str(number)[:-1], str(number)[-1]) for number in range(10, below)]
+    """Merges that make every number 10..below-1 one token.
+
+    Of three digits either the first two or the last two join first, whichever pair is the lower
+    number, so both ways on to the whole are there.
+    """
+    merges = [(str(number)[:-1], str(number)[-1]) for number in range(10, below)]
+    return merges + [
+        (str(number)[0], str(number)[1:]) for number in range(100, below) if number % 100 >= 10
+    ]
 
 
 def _trained_merges(texts: Iterable[str], num_merges: int) -> list[tuple[str, str]]:
@@ -164,11 +171,12 @@ def learn(
         )
     specials = special_names(num_dummies)
     numbers = _number_merges(whole_numbers_below)
-    room = vocab_size - 256 - len(specials) - len(numbers)
+    num_numbers = len(_results(numbers))
+    room = vocab_size - 256 - len(specials) - num_numbers
     if room < 0:
         raise ValueError(
             f"vocab_size: {vocab_size} is too small: 256 bytes, {len(specials)} special tokens and "
-            f"{len(numbers)} numbers need at least {vocab_size - room}; raise it, or lower "
+            f"{num_numbers} numbers need at least {vocab_size - room}; raise it, or lower "
             "whole_numbers_below or num_dummies"
         )
     learned = _trained_merges(texts, room)

@@ -146,6 +146,7 @@ class Template:
         ValueError when the template rewrites contents (other than trimming them), because then no
         one can tell a user's text from the template's.
         """
+        check_messages(messages)
         opening, closing, generated, ungenerated = _free_marks(messages)
         marked = [
             {"role": message["role"], "content": _around(message["content"], opening, closing)}
