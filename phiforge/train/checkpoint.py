@@ -153,7 +153,8 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
 
 def _reason(error: BaseException) -> str:
     """The first cause of a DCP error, which reports one failure per rank."""
-    if isinstance(error, CheckpointException):
-        causes = [failure[0] for failure in error.failures.values()]
+    failures: dict[int, Any] = getattr(error, "failures", {})
+    if failures:
+        causes = [failure[0] for failure in failures.values()]
         return "; ".join(f"{type(cause).__name__}: {cause}" for cause in causes)
     return f"{type(error).__name__}: {error}"

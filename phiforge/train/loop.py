@@ -38,6 +38,11 @@ class LoopConfig(OptimConfig):
     dtype: Literal["bf16", "fp32"] = Field(
         default="bf16", description="What matrices multiply in; parameters stay fp32."
     )
+    save_dtype: Literal["bf16", "fp32"] = Field(
+        default="fp32",
+        description="What the weights are saved in; bf16 halves the files, and rounds away what a "
+        "short stage at a small learning rate has changed.",
+    )
     checkpoint_every: int = Field(default=200, ge=1, description="Steps between checkpoints.")
     validate_every: int = Field(
         default=0, ge=0, description="Steps between validations; 0 = only at the end."
