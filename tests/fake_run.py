@@ -40,7 +40,7 @@ def make_run(folder: str | Path, stages: tuple[str, ...] = tuple(SECONDS)) -> Pa
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "recipe.yaml").write_text(
-        "name: nano-s0\nseed: 0\nmodel: {preset: nano}\npretrain:\n  steps: 1450  # decay included\n"
+        "name: nano-s0\nseed: 0\nmodel: {preset: nano}\npretrain:\n  steps: 1450  # all\n"
         "  lr: 0.004\nmidtrain:\n  steps: 220\n"
     )
     for name in stages:
@@ -143,8 +143,9 @@ def _question(family: str, i: int, bogus: bool) -> str:
 def _pivotal(folder: Path) -> None:
     texts = ["12", "+", "7", "=", "19", "\n", "3", "*", "4", "=", "12", "\n", "19", "+", "12", "=",
              "31", "\n", "Answer", ":", " ", "31", "<|im_end|>"]  # fmt: skip
-    p: list[float | None] = [0.42, 0.44, None, 0.45, 0.47, 0.91, None, None, 0.9, None, 0.93, 0.66,
-                             None, None, 0.7, 0.72, 0.95, None, 0.97, None, 0.98, 1.0, 1.0, 1.0]  # fmt: skip
+    p: list[float | None] = [0.42, 0.44, None, 0.45, 0.47, 0.91, None, None, 0.9, None, 0.93,
+                             0.66, None, None, 0.7, 0.72, 0.95, None, 0.97, None, 0.98, 1.0, 1.0,
+                             1.0]  # fmt: skip
     with open(folder / "paths.jsonl", "w") as file, open(folder / "pairs.jsonl", "w") as pairs:
         for number, family in enumerate(list(FAMILIES) * 2):
             prompt = (
@@ -156,7 +157,8 @@ def _pivotal(folder: Path) -> None:
                    "pivotal": [4, 10, 15]}  # fmt: skip
             file.write(json.dumps(row) + "\n")
             facts = {"problem_id": row["problem_id"], "p_before": 0.47, "p_chosen": 0.91,
-                     "n_chosen": 40, "p_rejected": 0.2, "n_rejected": 24, "delta": 0.71}  # fmt: skip
+                     "n_chosen": 40, "p_rejected": 0.2, "n_rejected": 24,
+                     "delta": 0.71}  # fmt: skip
             pair = {"id": f"{number}", "prompt": prompt + "12+7=", "chosen": "19",
                     "rejected": "Answer", "metadata": facts}  # fmt: skip
             pairs.write(json.dumps(pair) + "\n")
@@ -174,7 +176,7 @@ def _evaluate(folder: Path) -> None:
         ],
         "accuracy": scores.accuracy(together),
         "refusals": scores.refusals(together),
-        "context": scores.context_recall(together),
+        "recall": scores.context_recall(together),
         "bits_per_byte": [
             {"checkpoint": name, "source": source, "bits_per_byte": 1.9 - 0.05 * i, "low": 1.8,
              "high": 2.0, "num_documents": 20, "num_tokens": 16000, "num_bytes": 51234}
@@ -209,7 +211,8 @@ def _transcripts(checkpoint: str) -> list[ask.Transcript]:
         for task in ("recall", "copy"):
             for length in (1.0, 2.0, 4.0):
                 for i in range(50):
-                    rate = 0.97 if checkpoint == "midtrain" else {1.0: 0.8, 2.0: 0.1, 4.0: 0.02}[length]  # fmt: skip
+                    before = {1.0: 0.8, 2.0: 0.1, 4.0: 0.02}[length]
+                    rate = 0.97 if checkpoint == "midtrain" else before
                     right = rng.random() < rate
                     row = _row(checkpoint, task, "", i, "k7" if right else "b2", right, 0.0)
                     facts = {"length": length}

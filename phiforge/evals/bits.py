@@ -1,16 +1,21 @@
-"""Bits per byte of a model on texts: how well it predicts them, whatever its tokenizer.
+"""Bits per byte of a model on held-out text: how well it predicts it, whatever its tokenizer.
 
-Call `bits_per_byte(model, tokenizer, texts, context=512)`. Writes nothing.
+Call `bits_per_byte(model, tokenizer, documents, context=512)` with documents as token ids, for
+example from `held_out(pack_folder, ...)`. Writes nothing.
 """
 
 import math
+import random
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 
 from phiforge.core.stats import cluster_interval
+from phiforge.data.loader import validation_sources
+from phiforge.data.shards import open_shard
 from phiforge.model.phi import Phi
 from phiforge.model.tokenizer import Tokenizer
 
@@ -20,14 +25,14 @@ class BitsPerByte:
     """Bits per byte with an interval over documents; `forward_tokens` is what it cost."""
 
     bits_per_byte: float
-    low: float
-    high: float
+    low: float | None
+    high: float | None
     num_documents: int
     num_tokens: int
     num_bytes: int
     forward_tokens: int
 
-    def to_dict(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float | None]:
         return asdict(self)
 
 
@@ -40,24 +45,47 @@ class _Window:
     given: int
 
 
+def held_out(
+    pack_folder: Path, *, max_tokens: int, document_tokens: int, seed: int
+) -> dict[str, list[list[int]]]:
+    """Held-out documents of each packed source: `max_tokens` tokens, in an order drawn by seed.
+
+    A document gives its first `document_tokens` tokens, without its end-of-document token.
+    """
+    found: dict[str, list[list[int]]] = {}
+    for source in validation_sources(pack_folder):
+        shard = open_shard(pack_folder / source / "validation")
+        if shard.meta["kind"] != "documents":
+            continue
+        order = list(range(len(shard.offsets) - 1))
+        random.Random(f"{seed}/{source}").shuffle(order)
+        left = max_tokens
+        for index in order:
+            start, end = int(shard.offsets[index]), int(shard.offsets[index + 1])
+            taken = shard.tokens[start : min(end - 1, start + min(document_tokens, left))]
+            if len(taken):
+                found.setdefault(source, []).append(taken.tolist())
+                left -= len(taken)
+            if left <= 0:
+                break
+    return found
+
+
 def bits_per_byte(
     model: Phi,
     tokenizer: Tokenizer,
-    texts: Sequence[str],
+    documents: Sequence[Sequence[int]],
     *,
     context: int,
-    max_tokens: int = 32_768,
-    document_tokens: int = 2048,
     micro_tokens: int = 4096,
 ) -> BitsPerByte:
-    """Teacher-forced bits per UTF-8 byte over the starts of `texts`, at most `max_tokens` in all.
+    """Teacher-forced bits per UTF-8 byte of documents given as token ids.
 
-    A document gives at most `document_tokens` tokens, read in windows of `context` tokens that
-    overlap by half, so that only a document's first tokens are predicted from little. It starts
-    after the end-of-document token. The interval clusters by document.
-    Raises ValueError when there is no text.
+    A document starts after the end-of-document token and is read in windows of `context` tokens
+    that overlap by half, so that only its first tokens are predicted from little. The interval
+    clusters by document; one document has none. Raises ValueError when there is no text.
     """
-    documents = _token_documents(tokenizer, texts, max_tokens, document_tokens)
+    documents = [list(ids) for ids in documents if len(ids)]
     if not documents:
         raise ValueError("bits_per_byte: no held-out text to score; give documents that have text")
     nats = [0.0] * len(documents)
@@ -68,35 +96,22 @@ def bits_per_byte(
         for window, loss in zip(batch, _losses(model, batch, tokenizer.pad_id), strict=True):
             nats[window.document] += loss
     num_bytes = [sum(len(tokenizer.token_bytes(i)) for i in ids) for ids in documents]
-    forward = sum(len(window.token_ids) for window in windows)
+    forward = sum(len(window.token_ids) - 1 for window in windows)
     return _summary(nats, num_bytes, sum(map(len, documents)), forward)
 
 
-def _token_documents(
-    tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int, document_tokens: int
-) -> list[list[int]]:
-    left, documents = max_tokens, []
-    for text in texts:
-        # No token is shorter than a byte, nor longer than 64 in practice: long files stay cheap.
-        ids = tokenizer.encode(text[: 64 * document_tokens])[: min(document_tokens, left)]
-        if ids:
-            documents.append(ids)
-            left -= len(ids)
-        if left <= 0:
-            break
-    return documents
-
-
 def _windows(
-    document: int, token_ids: list[int], context: int, tokenizer: Tokenizer
+    document: int, token_ids: Sequence[int], context: int, tokenizer: Tokenizer
 ) -> Iterator[_Window]:
     sequence = [tokenizer.eod_id, *token_ids]
     step = max(1, context // 2)
-    yield _Window(document, sequence[: context + 1], 0)
-    for start in range(step, len(sequence) - 1, step):
-        if start + context - step >= len(sequence) - 1:
-            return  # the window before reached the end
-        yield _Window(document, sequence[start : start + context + 1], context - step)
+    scored = 0  # targets 1..scored have their loss
+    start = 0
+    while scored < len(sequence) - 1:
+        end = min(start + context, len(sequence) - 1)
+        yield _Window(document, sequence[start : end + 1], scored - start)
+        scored = end
+        start += step
 
 
 @torch.inference_mode()
@@ -129,11 +144,11 @@ def _summary(
         ratio + (loss / math.log(2) - ratio * size) / mean_bytes
         for loss, size in zip(nats, num_bytes, strict=True)
     ]
-    interval = cluster_interval(parts)
+    interval = cluster_interval(parts) if len(parts) > 1 else None
     return BitsPerByte(
         bits_per_byte=ratio,
-        low=max(0.0, interval.low),
-        high=interval.high,
+        low=max(0.0, interval.low) if interval else None,
+        high=interval.high if interval else None,
         num_documents=len(nats),
         num_tokens=num_tokens,
         num_bytes=total_bytes,

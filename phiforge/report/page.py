@@ -81,22 +81,20 @@ def _accuracy_items(data: RunData) -> list[Item]:
     for test in data.scores.get("comparisons", []):
         steps = (test["measure"], test["family"], test["second"], test.get("temperature"))
         if steps == ("accuracy", "all", "dpo-pivotal", greedy):
-            note = join(
-                [f"points, {test['first']} to {test['second']}, p = ", p_value(test["p_holm"])]
-            )
+            note = join([f"points over {test['first']}, p = ", p_value(test["p_holm"])])
             items.append(("Pivotal-token DPO", f"{100 * test['difference']:+.1f}", note))
     return items
 
 
 def _recall_items(data: RunData) -> list[Item]:
-    rows = [r for r in data.scores.get("context", []) if r["task"] == "recall"]
+    rows = [r for r in data.scores.get("recall", []) if r["task"] == "recall"]
     if not rows:
         return []
     longest = max(r["length"] for r in rows)
     found = {r["checkpoint"]: r for r in rows if r["length"] == longest}
     if "midtrain" not in found:
         return []
-    before = f" from {_percent(found['pretrain'])}" if "pretrain" in found else ""
+    before = f", before {_percent(found['pretrain'])}" if "pretrain" in found else ""
     note = f"after midtraining{before}, n = {found['midtrain']['n']}"
     return [(f"Recall at {longest:g}× context", _percent(found["midtrain"]), note)]
 
@@ -117,8 +115,9 @@ def _cost_items(data: RunData) -> list[Item]:
     if not seconds:
         return []
     cores = _environment(data).get("cores")
-    where = f"on {cores} cores" if cores else ""
-    return [("Whole run", clock(seconds), join([quantity(tokens), " tokens trained on ", where]))]
+    where = f", {cores} cores" if cores else ""
+    note = join(["training on ", quantity(tokens), " tokens", where])
+    return [("Whole run", clock(seconds), note)]
 
 
 def _subtitle(data: RunData) -> str:

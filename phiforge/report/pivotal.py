@@ -79,20 +79,18 @@ def _summary(metrics: Row) -> Html:
     def value(name: str) -> int:
         return metrics.get(name) or 0
 
-    screened = value("questions_screened")
-    rows = [
-        ["questions screened", quantity(screened)],
-        ["with p(success) in the band", quantity(value("questions_in_band"))],
-        ["below it", quantity(value("questions_below_band"))],
-        ["above it", quantity(value("questions_above_band"))],
-        ["answers searched", quantity(value("paths"))],
-        ["pivotal tokens", quantity(value("pivotal_tokens"))],
-        ["of them raising p", quantity(value("pivotal_tokens_rising"))],
-        ["preference pairs", quantity(value("pairs"))],
-        ["rollouts", quantity(value("rollouts"))],
-        ["tokens, filter and search", quantity(value("filter_tokens") + value("search_tokens"))],
-    ]
-    return table([Column("Search"), Column("", "number")], rows)
+    spent = value("filter_tokens") + value("search_tokens")
+    return element(
+        "p",
+        f"{value('questions_screened')} questions screened: {value('questions_in_band')} with "
+        f"p(success) in the band, {value('questions_below_band')} below, "
+        f"{value('questions_above_band')} above. {value('paths')} answers searched with ",
+        quantity(value("rollouts")),
+        " rollouts (",
+        quantity(spent),
+        f" tokens): {value('pivotal_tokens')} pivotal tokens, "
+        f"{value('pivotal_tokens_rising')} of which raise p; {value('pairs')} preference pairs.",
+    )
 
 
 def _path(row: Row, pairs: list[Row]) -> Html:

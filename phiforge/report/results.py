@@ -35,8 +35,7 @@ def accuracy(data: RunData) -> Section | None:
         return None
     temperatures = sorted({row["temperature"] for row in rows})
     tables = [
-        _grid(data, [r for r in rows if r["temperature"] == t], f"{_sampling(t)}: family")
-        for t in temperatures
+        _grid(data, [r for r in rows if r["temperature"] == t], _sampling(t)) for t in temperatures
     ]
     plot = _accuracy_plot(data, rows, temperatures)
     return Section(
@@ -66,7 +65,7 @@ def paired_tests(data: RunData) -> Section | None:
 
 def long_context(data: RunData) -> Section | None:
     """Key-value recall and copying at multiples of the pretraining context."""
-    rows = data.scores.get("context", [])
+    rows = data.scores.get("recall", [])
     if not rows:
         return None
     lengths = sorted({row["length"] for row in rows})
@@ -81,7 +80,7 @@ def long_context(data: RunData) -> Section | None:
             x="prompt length, multiples of the pretraining context",
             y="right (%)",
             ticks=[f"{length:g}×" for length in lengths],
-            title={"recall": "Key-value recall", "copy": "Copying"}.get(task, task),
+            title={"recall": "Key-value recall", "copy": "Copying"}.get(task, str(task)),
             y_range=(0, 1.02),
             percent=True,
         )
@@ -95,7 +94,7 @@ def refusals(data: RunData) -> Section | None:
     if not rows:
         return None
     tables = [
-        _grid(data, found, f"{asked}: family")
+        _grid(data, found, f"{asked} questions")
         for asked in ("bogus", "answerable")
         if (found := [row for row in rows if row["asked"] == asked])
     ]
@@ -131,7 +130,7 @@ def _grid(data: RunData, rows: list[Row], heading: str) -> Html:
     cells = {(row["family"], row["checkpoint"]): row for row in rows}
     families = [f for f in dict.fromkeys(row["family"] for row in rows) if f != "all"]
     styles = {c["name"]: STYLES.get(c.get("style", ""), "") for c in _checkpoints(data)}
-    columns = [Column(heading), Column("n", "number")]
+    columns = [Column("Family"), Column("n", "number")]
     for name in names:
         style = element("span", styles.get(name), class_="interval") if styles.get(name) else None
         columns.append(Column(join([name, style]), "number"))
@@ -141,7 +140,8 @@ def _grid(data: RunData, rows: list[Row], heading: str) -> Html:
         sizes = {row["n"] for row in found if row}
         size = sizes.pop() if len(sizes) == 1 else None
         body.append([family, size, *(_share(row) for row in found)])
-    return table(columns, body, total=True)
+    title = element("h3", heading[0].upper() + heading[1:])
+    return join([title, table(columns, body, total=True)])
 
 
 def _accuracy_plot(data: RunData, rows: list[Row], temperatures: list[float]) -> Html:

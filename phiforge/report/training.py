@@ -72,11 +72,11 @@ def _is_validation(key: str) -> bool:
 def _mixture_table(stage: str, rows: list[Row]) -> Html:
     columns = [
         Column(f"{stage}: source"),
-        Column("Share", "number"),
+        Column("Share, %", "number"),
         Column("Unique tokens", "number"),
         Column("Planned", "number"),
         Column("Drawn", "number"),
-        Column("Drawn share", "number"),
+        Column("Drawn, %", "number"),
         Column("Epochs", "number"),
     ]
     drawn = sum(row["drawn_tokens"] for row in rows)

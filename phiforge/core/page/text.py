@@ -28,22 +28,6 @@ def _names(text: str) -> set[str]:
     return set(text.split())
 
 
-def _names(text: str) -> set[str]:
-    return set(text.split())
-
-
-def _names(text: str) -> set[str]:
-    return set(text.split())
-
-
-def _names(text: str) -> set[str]:
-    return set(text.split())
-
-
-def _names(text: str) -> set[str]:
-    return set(text.split())
-
-
 _PROSE = _names(
     "p br hr h1 h2 h3 h4 h5 h6 ul ol li blockquote pre code span div strong em del sub sup a "
     "table thead tbody tr th td"
