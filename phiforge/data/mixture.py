@@ -96,13 +96,18 @@ class Schedule:
         return before
 
     def _make_block(self, block: int) -> tuple[Ints, Ints]:
-        """Source and draw number of each row of a block."""
+        """Source and draw number of each row of a block; draws count up in row order.
+
+        So the first rows of a source are its first draws wherever a run ends, and an epoch's worth
+        of rows is an epoch.
+        """
         counts = self._before[block + 1] - self._before[block]
-        source = np.repeat(np.arange(len(counts)), counts)
-        first = np.cumsum(counts) - counts
-        draw = np.arange(self.block_rows) - first[source] + self._before[block][source]
         order = permutation(hash_key(self.seed, "block", block), self.block_rows)
-        return source[order], draw[order]
+        source = np.repeat(np.arange(len(counts)), counts)[order]
+        draw = np.empty_like(source)
+        for number, count in enumerate(counts):
+            draw[source == number] = self._before[block][number] + np.arange(count)
+        return source, draw
 
     def rows(self, start: int, stop: int) -> tuple[Ints, Ints]:
         """(source number, draw number) of rows start..stop-1."""

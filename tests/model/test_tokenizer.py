@@ -254,7 +254,7 @@ def test_a_template_that_rewrites_texts_is_refused(tokenizer: Tokenizer, tmp_pat
 
 
 def test_missing_and_broken_files_are_named(tokenizer: Tokenizer, tmp_path: Path):
-    with pytest.raises(ValueError, match="tokenizer.json: no such file"):
+    with pytest.raises(ValueError, match=r"tokenizer\.json: no such file"):
         Tokenizer.load(tmp_path)
     tokenizer.save(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{")
