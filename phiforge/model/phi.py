@@ -9,14 +9,19 @@ e head dim.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from phiforge.model.attention import QueryBlock, attention_bias, block_attention, query_blocks
 from phiforge.model.config import PhiConfig
 from phiforge.model.rope import inverse_frequencies, rope_table, rotate
+
+# Who may attend to whom, ready for use: numbers to add to the scores, [b or 1, 1, t, s]; blocks of
+# queries for packed rows on a CPU; None, plain causal attention.
+Bias: TypeAlias = Tensor | list[QueryBlock] | None
 
 
 class Cache(Protocol):
@@ -68,17 +73,24 @@ class Attention(nn.Module):
         self.output = Linear(query_size, config.hidden_size)
 
     def forward(
-        self, x_btd: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | None, cache: Cache | None
+        self, x_btd: Tensor, rope: tuple[Tensor, Tensor], bias: Bias, cache: Cache | None
     ) -> Tensor:
-        """`bias` [b or 1, 1, t, s] is added to the scores; None means plain causal attention."""
         heads = (*x_btd.shape[:2], -1, self.head_size)
-        q_bhte = rotate(self.query(x_btd).view(heads), *rope).transpose(1, 2)
-        k_bkte = rotate(self.key(x_btd).view(heads), *rope).transpose(1, 2)
-        v_bkte = self.value(x_btd).view(heads).transpose(1, 2)
+        q_bthe = rotate(self.query(x_btd).view(heads), *rope)
+        k_btke = rotate(self.key(x_btd).view(heads), *rope)
+        v_btke = self.value(x_btd).view(heads)
+        if isinstance(bias, list):
+            return self.output(block_attention(q_bthe, k_btke, v_btke, bias).flatten(2))
+        k_bkte, v_bkte = k_btke.transpose(1, 2), v_btke.transpose(1, 2)
         if cache is not None:
             k_bkte, v_bkte = cache.update(self.layer, k_bkte, v_bkte)
         out_bhte = F.scaled_dot_product_attention(
-            q_bhte, k_bkte, v_bkte, attn_mask=bias, is_causal=bias is None, enable_gqa=True
+            q_bthe.transpose(1, 2),
+            k_bkte,
+            v_bkte,
+            attn_mask=bias,
+            is_causal=bias is None,
+            enable_gqa=True,
         )
         return self.output(out_bhte.transpose(1, 2).flatten(2))
 
@@ -107,7 +119,7 @@ class Layer(nn.Module):
         self.mlp = MLP(config)
 
     def forward(
-        self, x_btd: Tensor, rope: tuple[Tensor, Tensor], bias: Tensor | None, cache: Cache | None
+        self, x_btd: Tensor, rope: tuple[Tensor, Tensor], bias: Bias, cache: Cache | None
     ) -> Tensor:
         x_btd = x_btd + self.attention(self.attention_norm(x_btd), rope, bias, cache)
         return x_btd + self.mlp(self.mlp_norm(x_btd))
@@ -218,9 +230,7 @@ class Phi(nn.Module):
         self._check(token_ids_bt, positions_bt, documents_bt, mask_bts, cache)
         x_btd = F.embedding(token_ids_bt, self.embedding.weight).to(self.compute_dtype)
         rope = self._rope(token_ids_bt, positions_bt)
-        if mask_bts is None:
-            mask_bts = self._mask(token_ids_bt, documents_bt)
-        bias = None if mask_bts is None else attention_bias(mask_bts, x_btd.dtype)
+        bias = self._bias(token_ids_bt, documents_bt, mask_bts)
         for layer in self.layers:
             x_btd = layer(x_btd, rope, bias, cache)
         return self.norm(x_btd)
@@ -238,13 +248,22 @@ class Phi(nn.Module):
             positions_bt = torch.arange(token_ids_bt.shape[1], device=token_ids_bt.device)[None]
         return rope_table(self._frequencies, positions_bt, self.config.rope_attention_factor)
 
-    def _mask(self, token_ids_bt: Tensor, documents_bt: Tensor | None) -> Tensor | None:
+    def _bias(
+        self, token_ids_bt: Tensor, documents_bt: Tensor | None, mask_bts: Tensor | None
+    ) -> Bias:
+        if mask_bts is not None:
+            return attention_bias(mask_bts, self.compute_dtype)
         length, window = token_ids_bt.shape[1], self.config.sliding_window
         if window is not None and window >= length:
             window = None
         if documents_bt is None and window is None:
             return None
-        return causal_mask(length, documents_bt, window, device=token_ids_bt.device)
+        mask_bts = causal_mask(length, documents_bt, window, device=token_ids_bt.device)
+        # Which blocks to skip depends on data: no compiled graph, and a GPU's kernels do not wait.
+        packed = documents_bt is not None and token_ids_bt.device.type == "cpu"
+        if packed and not torch.compiler.is_compiling():
+            return query_blocks(mask_bts)
+        return attention_bias(mask_bts, self.compute_dtype)
 
     def _check(
         self,
@@ -287,13 +306,3 @@ def causal_mask(
     if documents_bt is None:
         return mask[None]
     return mask & (documents_bt[:, :, None] == documents_bt[:, None, :])
-
-
-def attention_bias(mask_bts: Tensor, dtype: torch.dtype) -> Tensor:
-    """The mask as numbers to add to the scores, [b, 1, t, s]: made once, shared by all layers.
-
-    Forbidden places hold the lowest finite number, not -inf: rows that may attend to nothing (the
-    padding of ragged batches) then give an average, never a NaN that would spread through a cache.
-    """
-    bias = torch.zeros(mask_bts.shape, dtype=dtype, device=mask_bts.device)
-    return bias.masked_fill_(~mask_bts, torch.finfo(dtype).min)[:, None]
