@@ -81,37 +81,34 @@ def bits_per_byte(
 ) -> BitsPerByte:
     """Teacher-forced bits per UTF-8 byte of documents given as token ids.
 
-    A document starts after the end-of-document token and is read in windows of `context` tokens
-    that overlap by half, so that only its first tokens are predicted from little. The interval
+    Every token but a document's first is predicted, as in training, where documents start without
+    a mark; documents are read in windows of `context` tokens that overlap by half. The interval
     clusters by document; one document has none. Raises ValueError when there is no text.
     """
-    documents = [list(ids) for ids in documents if len(ids)]
+    documents = [list(ids) for ids in documents if len(ids) > 1]
     if not documents:
         raise ValueError("bits_per_byte: no held-out text to score; give documents that have text")
     nats = [0.0] * len(documents)
-    windows = [w for i, ids in enumerate(documents) for w in _windows(i, ids, context, tokenizer)]
+    windows = [w for i, ids in enumerate(documents) for w in _windows(i, ids, context)]
     rows = max(1, micro_tokens // context)
     for start in range(0, len(windows), rows):
         batch = windows[start : start + rows]
         for window, loss in zip(batch, _losses(model, batch, tokenizer.pad_id), strict=True):
             nats[window.document] += loss
-    num_bytes = [sum(len(tokenizer.token_bytes(i)) for i in ids) for ids in documents]
+    num_bytes = [sum(len(tokenizer.token_bytes(i)) for i in ids[1:]) for ids in documents]
+    num_tokens = sum(len(ids) - 1 for ids in documents)
     forward = sum(len(window.token_ids) - 1 for window in windows)
-    return _summary(nats, num_bytes, sum(map(len, documents)), forward)
+    return _summary(nats, num_bytes, num_tokens, forward)
 
 
-def _windows(
-    document: int, token_ids: Sequence[int], context: int, tokenizer: Tokenizer
-) -> Iterator[_Window]:
-    sequence = [tokenizer.eod_id, *token_ids]
-    step = max(1, context // 2)
-    scored = 0  # targets 1..scored have their loss
-    start = 0
-    while scored < len(sequence) - 1:
-        end = min(start + context, len(sequence) - 1)
-        yield _Window(document, sequence[start : end + 1], scored - start)
+def _windows(document: int, token_ids: list[int], context: int) -> Iterator[_Window]:
+    last = len(token_ids) - 1
+    start = scored = 0  # tokens 1..scored have their loss
+    while scored < last:
+        end = min(start + context, last)
+        yield _Window(document, token_ids[start : end + 1], scored - start)
         scored = end
-        start += step
+        start += max(1, context // 2)
 
 
 @torch.inference_mode()

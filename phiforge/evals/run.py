@@ -131,7 +131,7 @@ def checkpoint_styles(config: EvaluateConfig, inputs: Inputs) -> dict[str, Style
 
     By default those among the inputs; without midtraining the pretrained model is the base.
     """
-    found = dict(config.checkpoints)
+    found: dict[str, Style] = dict(config.checkpoints)
     if not found:
         found = {name: style for name, style in DEFAULT_STYLES.items() if name in inputs}
         if "midtrain" not in found and "pretrain" in found:

@@ -15,6 +15,7 @@ _SUITES = {
     "copy": "copying",
 }
 _LONGEST_PROMPT = 1600
+_MOST_LINES = 24
 
 
 def transcripts(data: RunData, count: int) -> Section | None:
@@ -115,7 +116,12 @@ def _problem(row: Row, expected: str) -> Html:
 
 
 def shortened(text: str) -> str:
-    """A long prompt's beginning and end, with the number of characters left out between."""
+    """A long prompt's beginning and end, with what is left out between them counted."""
+    lines = text.split("\n")
+    if len(lines) > _MOST_LINES:
+        half = _MOST_LINES // 2
+        cut = f"[… {len(lines) - 2 * half} lines …]"
+        text = "\n".join([*lines[:half], cut, *lines[-half:]])
     if len(text) <= _LONGEST_PROMPT:
         return text
     half = _LONGEST_PROMPT // 2

@@ -16,7 +16,7 @@ from phiforge.core.page import (
     table,
 )
 from phiforge.core.progress import clock
-from phiforge.report.run_data import RunData
+from phiforge.report.run_data import TRAINING, RunData
 from phiforge.stages import BY_NAME
 
 
@@ -43,8 +43,8 @@ def stages(data: RunData) -> Section:
         Column("Time", "number"),
         Column("Tokens", "number"),
         Column("FLOPs", "number"),
-        Column("Reads"),
-        Column("Makes"),
+        Column("Reads", "wide"),
+        Column("Makes", "wide"),
     ]
     return Section("Stages", table(columns, rows))
 
@@ -59,7 +59,7 @@ def costs(data: RunData) -> Section | None:
         metrics = data.metrics(name)
         values = [
             manifest.get("seconds", 0),
-            metrics.get("tokens") or 0,
+            (metrics.get("tokens") or 0) if name in TRAINING else 0,
             generated_tokens(metrics),
             metrics.get("flops") or 0,
         ]

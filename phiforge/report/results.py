@@ -242,8 +242,11 @@ def _share(row: Row | None) -> Html:
 def _bits(row: Row | None) -> Html:
     if row is None:
         return ABSENT
-    limits = element("span", f"[{row['low']:.3f}, {row['high']:.3f}]", class_="interval")
-    return join([f"{row['bits_per_byte']:.3f}", limits])
+    value = f"{row['bits_per_byte']:.3f}"
+    if row["low"] is None:
+        return join([value])
+    limits = f"[{row['low']:.3f}, {row['high']:.3f}]"
+    return join([value, element("span", limits, class_="interval limits")])
 
 
 def _checkpoints(data: RunData) -> list[Row]:

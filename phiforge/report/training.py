@@ -43,9 +43,9 @@ def _curve(data: RunData, stage: str) -> Html | None:
         return None
     xs = [row["step"] for row in steps]
     series = [Series("loss", xs, [row["loss"] for row in steps])]
-    for key in sorted({k for row in log for k in row if _is_validation(k)}):
+    for key in _validation_keys(log):
         found = [row for row in log if row.get(key) is not None]
-        name = key.replace("_", " ")
+        name = key.replace("_loss", "").replace("_", " ", 1)
         series.append(Series(name, [r["step"] for r in found], [r[key] for r in found]))
     plot = line_plot(series, x="step", y="loss (nats)", title=stage)
     return figure(plot, _curve_caption(steps, data.metrics(stage)))
@@ -65,8 +65,11 @@ def _curve_caption(steps: list[Row], metrics: Row) -> str:
     return ", ".join(parts)
 
 
-def _is_validation(key: str) -> bool:
-    return key.startswith("validation") and "loss" in key
+def _validation_keys(log: list[Row]) -> list[str]:
+    """The losses on held-out text: by source, or the one over all where there is one source."""
+    keys = {key for row in log for key in row if key.startswith("validation_loss")}
+    sources = sorted(keys - {"validation_loss"})
+    return sources if len(sources) > 1 else sorted(keys)[:1]
 
 
 def _mixture_table(stage: str, rows: list[Row]) -> Html:

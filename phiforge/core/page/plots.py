@@ -79,8 +79,11 @@ def line_plot(
     def draw(axes: "Axes") -> None:
         for index, one in enumerate(series):
             xs, ys = _thin(one.x, one.y)
-            axes.plot(xs, ys, color=_SERIES[index % 6], linestyle=_DASHES[index // 6 % 4],
-                      label=_literal(one.name))  # fmt: skip
+            marker = _MARKERS[index % 6] if len(xs) <= 12 else None
+            axes.plot(
+                xs, ys, color=_SERIES[index % 6], linestyle=_DASHES[index // 6 % 4],
+                marker=marker, markersize=4, label=_literal(one.name),
+            )  # fmt: skip
         if log_y:
             axes.set_yscale("log")
 

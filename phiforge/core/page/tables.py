@@ -16,10 +16,10 @@ ABSENT = Html('<span class="absent">–</span>')
 
 @dataclass(frozen=True)
 class Column:
-    """A column: its heading and how its cells align."""
+    """A column: its heading and its cells: "number" aligns right, "wide" keeps room for words."""
 
     name: str | Html
-    kind: Literal["text", "number"] = "text"
+    kind: Literal["text", "number", "wide"] = "text"
 
 
 def table(
@@ -84,7 +84,7 @@ def percent(
     parts = [_plain(100 * value, digits)]
     if interval is not None:
         limits = f"[{_plain(100 * interval.low, digits)}, {_plain(100 * interval.high, digits)}]"
-        parts.append(element("span", limits, class_="interval"))
+        parts.append(element("span", limits, class_="interval limits"))
     return element("span", *parts, title=None if n is None else f"n = {n}")
 
 
@@ -100,7 +100,7 @@ def difference(value: float | None, interval: Interval | None = None, digits: in
     parts: list[Any] = [_signed(100 * value, digits)]
     if interval is not None:
         limits = f"[{_signed(100 * interval.low, digits)}, {_signed(100 * interval.high, digits)}]"
-        parts.append(element("span", limits, class_="interval"))
+        parts.append(element("span", limits, class_="interval limits signed"))
     return join(parts)
 
 
@@ -142,7 +142,7 @@ def _cell(value: Any) -> Any:
 
 
 def _align(column: Column) -> dict[str, str | None]:
-    return {"class_": "number" if column.kind == "number" else None}
+    return {"class_": column.kind if column.kind != "text" else None}
 
 
 def _grouped(value: float, digits: int) -> str:
