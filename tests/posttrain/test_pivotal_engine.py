@@ -36,7 +36,7 @@ def chain_model(law: Mapping[int, Sequence[tuple[int, float]]], vocab_size: int)
         num_layers=1,
         num_heads=size // 16,
         num_kv_heads=size // 16,
-        max_position_embeddings=64,
+        max_position_embeddings=128,
         rms_norm_eps=1e-12,
     )
     model = Phi(config)
