@@ -3,9 +3,9 @@
 `run(SynthesizeConfig(), {}, StageDir.scratch("folder"))`, or a recipe's `synthesize:` block, writes
 documents.jsonl, long_documents.jsonl, chats.jsonl, problems_train.jsonl, problems_test.jsonl.
 
-Lineage: metadata names family, level, split, seed and index, so that `procedural.generate` makes any
-problem again. Train and test problems are disjoint by key (see `procedural.family`); documents,
-chats and problems_train draw from different ranges of indices.
+Lineage: metadata names family, level, split, seed and index, so that `procedural.generate` makes
+any problem again. Train and test problems are disjoint by key (see `procedural.family`);
+documents, chats and problems_train draw from different ranges of indices.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ __all__ = ["VERSION", "SynthesizeConfig", "run"]
 SHARD = 1_000  # records a worker makes at once; fixed, so that shards never depend on the workers
 # First index of each use of the train split: documents, long worksheets, chats, problems.
 STARTS = {"documents": 0, "long": 10_000_000, "chats": 20_000_000, "problems": 30_000_000}
-MOST_DRAWS_PER_TEST_PROBLEM = 50
+MOST_REPEATS = 2_000  # known problems in a row that say that a family is exhausted
 
 
 @dataclass(frozen=True)
@@ -231,6 +231,7 @@ def _long_worksheets(config: SynthesizeConfig, shard: Shard) -> list[Record]:
         rng = _rng(config, shard.kind, index)
         room = long_length(config, rng)
         first = STARTS["long"] + index * stride
+        used = 0
         entries, styles, families = [], [], []
         for place in count(first):
             family = rng.choice(names)
@@ -238,9 +239,11 @@ def _long_worksheets(config: SynthesizeConfig, shard: Shard) -> list[Record]:
             item = next(generate(family, level, "train", config.seed, 1, place))
             question, response, style = _answer(config, rng, item, config.bogus_document_share)
             text = entry(question, response)
-            room -= estimate_tokens(text)
-            if room < 0 and entries:
+            tokens = estimate_tokens(text)
+            # A long problem that does not fit must not leave the document below twice the context.
+            if used + tokens > room and used > 2 * config.context:
                 break
+            used += tokens
             entries.append(text)
             styles.append(style)
             families.append(f"{family}-{level}")
@@ -337,12 +340,15 @@ def _distinct(
     config: SynthesizeConfig, family: str, level: int, split: Split, seen: set[str], number: int
 ) -> Iterator[tuple[int, Item]]:
     start = STARTS["problems"] if split == "train" else 0
-    most = MOST_DRAWS_PER_TEST_PROBLEM * (number + 10)
-    items = generate(family, level, split, config.seed, most, start)
-    for index, item in enumerate(items, start):
-        if item.key not in seen:
+    repeats = 0
+    for index in count(start):
+        item = next(generate(family, level, split, config.seed, 1, index))
+        repeats = repeats + 1 if item.key in seen else 0
+        if not repeats:
             seen.add(item.key)
             yield index, item
+        elif repeats == MOST_REPEATS:
+            break
     raise ValueError(
         f"families.{family}: level {level} has fewer than {number} distinct {split} problems; "
         f"lower {split}_count or add levels"

@@ -25,12 +25,13 @@ def draw_equation(rng: random.Random, level: int) -> Draft:
     x = rng.randint(2, 20 * level)
     a = rng.randint(2, 9 if level == 1 else 12)
     b = rng.randint(1, 90) * rng.choice((1, 1, -1))
-    if level == 1:
-        left, right, steps = _one_sided(a, b, x)
-    elif level == 2:
-        left, right, steps = _two_sided(a + 12, b, rng.randint(2, 11), x)
-    else:
-        left, right, steps = _bracket(a, b, rng.randint(2, 9), x)
+    c = rng.randint(2, 11)
+    if level == 2:
+        a += 12
+    if (a - c if level == 2 else a) * x + b <= 0:
+        b = -b  # no line of a solution starts with a negative number
+    form = (_one_sided, _two_sided, _bracket)[level - 1]
+    left, right, steps = form(a, b, c, x)
     wording = rng.choice(SOLVE)
     # The same left side on both sides, with another constant: it holds for no x.
     off = rng.randint(1, 20)
@@ -54,7 +55,7 @@ def _undo(total: int, b: int) -> str:
     return f"{total}{_signed(-b)}={total - b}"
 
 
-def _one_sided(a: int, b: int, x: int) -> tuple[str, str, list[str]]:
+def _one_sided(a: int, b: int, _: int, x: int) -> tuple[str, str, list[str]]:
     total = a * x + b
     return f"{a}*x{_signed(b)}", str(total), [_undo(total, b), f"{a * x}/{a}={x}"]
 

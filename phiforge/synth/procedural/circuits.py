@@ -7,6 +7,7 @@ level 2: also a current from a voltage, below 1,000; level 3: a parallel pair wi
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from phiforge.synth.procedural.family import Draft, Family, refuse
 from phiforge.synth.procedural.words import VAGUE
@@ -78,7 +79,7 @@ def _parts(rng: random.Random, total: int, num: int) -> list[int]:
     return [b - a for a, b in zip([0, *cuts], [*cuts, total], strict=True)]
 
 
-def _listed(parts: list[int]) -> str:
+def _listed(parts: Sequence[object]) -> str:
     """[3, 4, 5] -> "3, 4 and 5"; one part is itself."""
     return (
         " and ".join([", ".join(map(str, parts[:-1])), str(parts[-1])])

@@ -58,7 +58,7 @@ SETTINGS = (
 def draw(rng: random.Random, level: int) -> Draft:
     """One line of names; the answer is the name at the asked place."""
     num = rng.randint(*SIZES[level])
-    line = rng.sample(NAMES, num)
+    line: list[str] = rng.sample(NAMES, num)
     place = rng.randint(NEAREST_PLACE, num)
     setting = rng.choice(SETTINGS)
     links = [_link(rng, setting, line, i, level) for i in range(num - 1)]

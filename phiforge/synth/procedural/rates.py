@@ -99,7 +99,7 @@ def _speed_units(rng: random.Random) -> Draft:
         f"{fast * 1000}/3600={slow}",
         f"{slow}*{seconds}={slow * seconds}",
     ]
-    values = {"a": fast, "t": seconds}
+    values: dict[str, object] = {"a": fast, "t": seconds}
     missing = {"a": "the speed is not given", "t": "the time is not given"}
     answer = f"{slow * seconds} m"
     return _finish(rng, CONVERT_SPEED, values, missing, steps, answer, "unit", f"{fast} {seconds}s")

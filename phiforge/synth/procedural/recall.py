@@ -1,8 +1,8 @@
 """Key-value recall and copying: tasks that can only be solved by looking far back in the context.
 
-`make_recall(rng, num_pairs)` and `make_copy(rng, num_items)` draw one task; `fit_recall`, `fit_copy`
-draw the largest one that a tokenizer's length allows; `recall_document` and `copy_document` are
-training texts of the same form. Key-value recall as in HELMET (arXiv 2410.02694).
+`make_recall(rng, num_pairs)` and `make_copy(rng, num_items)` draw one task; `fit_recall` and
+`fit_copy` draw the largest one that a tokenizer's length allows; `recall_document` and
+`copy_document` are training texts of the same form. Recall as in HELMET (arXiv 2410.02694).
 """
 
 from __future__ import annotations

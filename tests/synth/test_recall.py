@@ -1,0 +1,88 @@
+"""Recall and copying tasks: solvable, as long as asked for, reproducible.
+
+Run: pytest tests/synth/test_recall.py.
+"""
+
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from phiforge.synth.procedural.recall import (
+    PLAIN_KEYS,
+    VALUES,
+    copy_document,
+    fit_copy,
+    fit_recall,
+    make_copy,
+    make_recall,
+    recall_document,
+)
+from phiforge.synth.worksheets import estimate_tokens
+
+
+def looked_up(prompt: str) -> str:
+    *lines, query = prompt.splitlines()
+    pairs = dict(line.removeprefix("key ").split(": ") for line in lines)
+    assert len(pairs) == len(lines), "keys repeat"
+    return pairs[query.removeprefix("key ").removesuffix("?")]
+
+
+@given(st.integers(1, 400), st.integers())
+def test_the_answer_is_in_the_list(num, seed):
+    task = make_recall(random.Random(seed), num)
+    assert task.prompt.count("\n") == num
+    assert looked_up(task.prompt) == task.answer
+
+
+def test_depth_chooses_the_pair():
+    for depth, line in ((0, 0), (1, -1), (0.5, 5)):
+        task = make_recall(random.Random(0), 11, depth)
+        asked = task.prompt.splitlines()[-1].removesuffix("?")
+        assert task.prompt.splitlines()[:-1][line].startswith(f"{asked}:")
+    with pytest.raises(ValueError, match="depth"):
+        make_recall(random.Random(0), 3, 2.0)
+    with pytest.raises(ValueError, match="num_pairs"):
+        make_recall(random.Random(0), 0)
+
+
+def test_values_and_keys_can_be_told_apart():
+    assert len(set(PLAIN_KEYS)) == len(PLAIN_KEYS)
+    assert not set(VALUES) & set(PLAIN_KEYS)
+    assert not [(a, b) for a in VALUES for b in VALUES if a != b and b.startswith(a)]
+
+
+@pytest.mark.parametrize("length", [estimate_tokens, len])
+@pytest.mark.parametrize("max_tokens", [64, 128, 512, 1024, 4096])
+def test_fit_fills_the_room(length, max_tokens):
+    for fit in (fit_recall, fit_copy):
+        task = fit(random.Random(4), length, max_tokens)
+        used = length(f"{task.prompt} {task.answer}\n")
+        assert 0.75 * max_tokens < used <= max_tokens
+        assert task == fit(random.Random(4), length, max_tokens)
+
+
+def test_nothing_fits():
+    with pytest.raises(ValueError, match="too few"):
+        fit_recall(random.Random(0), estimate_tokens, 5)
+
+
+def test_copy_repeats_the_line():
+    task = make_copy(random.Random(0), 30)
+    assert task.prompt == f"list: {task.answer}\ncopy:"
+    assert len(set(task.answer.split())) == 30
+    text = copy_document(random.Random(0), estimate_tokens, 100)
+    first, second, _ = text.split("\n")
+    assert first.removeprefix("list:") == second.removeprefix("copy:")
+
+
+@pytest.mark.parametrize("max_tokens", [64, 127, 511])
+def test_recall_documents_answer_every_question(max_tokens):
+    for seed in range(20):
+        text = recall_document(random.Random(seed), estimate_tokens, max_tokens)
+        assert estimate_tokens(text) <= max_tokens
+        given_pairs = dict(line[4:].split(": ") for line in text.splitlines() if ":" in line)
+        asked = [line[4:].split("? ") for line in text.splitlines() if "?" in line]
+        assert asked
+        assert all(given_pairs[key] == value for key, value in asked)
