@@ -206,7 +206,8 @@ def _nearest_table(element: Any) -> Any:
 
 
 def _quote(element: Any) -> Lines:
-    return ["", *(f"> {line}".rstrip() for line in _trim(_children(element))), ""]
+    text = _join(_children(element))
+    return ["", *(f"> {line}".rstrip() for line in text.split("\n")), ""] if text else []
 
 
 def _trim(lines: Lines) -> Lines:
