@@ -18,6 +18,7 @@ from phiforge.posttrain.pivotal.stage import (
     choose_problems,
     collect,
     token_texts,
+    with_room,
 )
 
 OUTPUTS = ("tokens.jsonl", "pairs.jsonl", "paths.jsonl", "rollouts.jsonl.gz")
@@ -112,6 +113,14 @@ def test_problems_are_answerable_of_the_family_and_shuffled_by_the_seed(tmp_path
     assert other != chosen
     with pytest.raises(ValueError, match="no answerable problem of c"):
         choose_problems(file, PivotalConfig(families=("c",)))
+
+
+def test_questions_without_room_for_the_answer_are_left_out() -> None:
+    asked = [Problem(id=str(n), prompt=[START] * n, answer="Y") for n in (3, 4, 5)]
+    fitting = with_room(asked, ScriptedTokenizer(), max_tokens=12, context=16)
+    assert [p.id for p in fitting] == ["3", "4"]
+    with pytest.raises(ValueError, match="lower max_tokens"):
+        with_room(asked, ScriptedTokenizer(), max_tokens=14, context=16)
 
 
 def test_text_prompts_become_chat_messages() -> None:

@@ -22,6 +22,7 @@ from phiforge.core.config import StageConfig
 from phiforge.core.distributed import resolve_device, resolve_dtype, set_threads
 from phiforge.core.records import Problem, read_records
 from phiforge.core.store import Inputs, Metrics, StageDir
+from phiforge.inference.interface import PromptTokenizer, prompt_token_ids
 from phiforge.posttrain.pivotal.estimates import Estimate, Request, difference_interval
 from phiforge.posttrain.pivotal.question import (
     PairsFrom,
@@ -91,7 +92,7 @@ class PivotalConfig(StageConfig):
 def run(config: PivotalConfig, inputs: Inputs, out: StageDir) -> Metrics:
     """Search `inputs["sft"]/model` on `inputs["synthesize"]/problems_train.jsonl`.
 
-    Raises ValueError when no problem is left after the filters.
+    Raises ValueError when no problem is left after the filters, or none fits the context.
     """
     from phiforge.inference.engine import Engine
     from phiforge.model.huggingface import load
@@ -103,9 +104,13 @@ def run(config: PivotalConfig, inputs: Inputs, out: StageDir) -> Metrics:
     device = str(resolve_device(out.exec.device))
     model, tokenizer = load(inputs["sft"] / "model", dtype=dtype, device=device)
     engine = Engine(model, tokenizer, rows=out.exec.rows, mode="exact")
+    asked = [as_prompt(problem, config) for problem in problems]
+    fitting = with_room(asked, tokenizer, config.max_tokens, model.config.max_position_embeddings)
+    if len(fitting) < len(asked):
+        out.note(f"{len(asked) - len(fitting)} questions are too long for the model's context")
     found = search(
         engine,
-        [as_prompt(problem, config) for problem in problems],
+        fitting,
         is_correct,
         method=config.method,
         **config.search_arguments(),
@@ -115,7 +120,8 @@ def run(config: PivotalConfig, inputs: Inputs, out: StageDir) -> Metrics:
         questions_in_flight=max(16, out.exec.rows // 4),
         rollouts_per_call=16 * out.exec.rows,
     )
-    return collect(found, len(problems), tokenizer, out)
+    metrics = collect(found, len(fitting), tokenizer, out)
+    return metrics | {"questions_too_long": len(asked) - len(fitting)}
 
 
 def choose_problems(path: Path, config: PivotalConfig) -> list[Problem]:
@@ -142,7 +148,24 @@ def as_prompt(problem: Problem, config: PivotalConfig) -> Problem:
     return replace(problem, prompt=[*system, {"role": "user", "content": problem.prompt}])
 
 
-def collect(found: Search, num_problems: int, tokenizer: Any, out: StageDir) -> Metrics:
+def with_room(
+    problems: list[Problem], tokenizer: PromptTokenizer, max_tokens: int, context: int
+) -> list[Problem]:
+    """The problems whose prompt leaves `max_tokens` of the model's `context` (tokens) free.
+
+    An answer cut by the context would count as a wrong one. Raises ValueError when none fits.
+    """
+    room = context - max_tokens
+    fitting = [p for p in problems if len(prompt_token_ids(tokenizer, p.prompt)) <= room]
+    if not fitting:
+        raise ValueError(
+            f"pivotal: max_tokens is {max_tokens} and the model's context {context} tokens: "
+            "no question fits beside the answer; lower max_tokens"
+        )
+    return fitting
+
+
+def collect(found: Search, num_problems: int, tokenizer: PromptTokenizer, out: StageDir) -> Metrics:
     """Run the search to its end, write its outputs question by question, return the metrics."""
     begin = time.monotonic()
     counts: Counter[str] = Counter()
@@ -211,7 +234,7 @@ def _metrics(found: Search, counts: Counter[str], seconds: float) -> Metrics:
 # ------------------------------------------------------------------------------- output rows
 
 
-def token_rows(question: QuestionResult, tokenizer: Any) -> Iterator[dict[str, Any]]:
+def token_rows(question: QuestionResult, tokenizer: PromptTokenizer) -> Iterator[dict[str, Any]]:
     """tokens.jsonl: each PivotalToken with its text and the other first tokens seen there."""
     for token in question.tokens:
         yield {
@@ -223,7 +246,7 @@ def token_rows(question: QuestionResult, tokenizer: Any) -> Iterator[dict[str, A
 
 
 def _alternatives(
-    question: QuestionResult, token: PivotalToken, tokenizer: Any
+    question: QuestionResult, token: PivotalToken, tokenizer: PromptTokenizer
 ) -> list[dict[str, Any]]:
     prefix = tuple(token.prefix_token_ids[len(question.prompt_token_ids) :])
     groups = question.ledger.first_tokens(prefix)
@@ -239,7 +262,7 @@ def _alternatives(
     ]
 
 
-def path_rows(question: QuestionResult, tokenizer: Any) -> Iterator[dict[str, Any]]:
+def path_rows(question: QuestionResult, tokenizer: PromptTokenizer) -> Iterator[dict[str, Any]]:
     """paths.jsonl: a path's tokens, their texts and log-probabilities, and p where it is known.
 
     `p`, `n`, `successes` have one entry more than the tokens: entry i is after i tokens, null where
@@ -283,7 +306,7 @@ def _deltas(path: SearchedPath) -> list[dict[str, float]]:
     return rows
 
 
-def token_texts(token_ids: Iterable[int], tokenizer: Any) -> list[str]:
+def token_texts(token_ids: Iterable[int], tokenizer: PromptTokenizer) -> list[str]:
     """Each token's share of the text; a character split over tokens goes to the last of them."""
     decoder = codecs.getincrementaldecoder("utf-8")("replace")
     texts = [decoder.decode(tokenizer.token_bytes(token)) for token in token_ids]
