@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from phiforge.model.attention import QueryBlock, attention_bias, block_attention, query_blocks
 from phiforge.model.config import PhiConfig
+from phiforge.model.norm import RMSNorm
 from phiforge.model.rope import inverse_frequencies, rope_table, rotate
 
 # Who may attend to whom, ready for use: numbers to add to the scores, [b or 1, 1, t, s]; blocks of
@@ -43,19 +44,6 @@ class Linear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return F.linear(input, self.weight.to(input.dtype))
-
-
-class RMSNorm(nn.Module):
-    """Root-mean-square normalisation (arXiv 1910.07467), computed in fp32, in the input's dtype."""
-
-    def __init__(self, size: int, eps: float) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
-
-    def forward(self, x: Tensor) -> Tensor:
-        normed = F.rms_norm(x.float(), self.weight.shape, self.weight.float(), self.eps)
-        return normed.to(x.dtype)
 
 
 class Attention(nn.Module):

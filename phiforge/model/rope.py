@@ -66,7 +66,11 @@ class _Rotate(torch.autograd.Function):
 def _turn(x_bthe: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     half = cos.shape[-1]
     x = x_bthe.float()
-    first, second, rest = x[..., :half], x[..., half : 2 * half], x[..., 2 * half :]
-    turned = (first * cos - second * sin, second * cos + first * sin)
-    parts = turned if rest.shape[-1] == 0 else (*turned, rest)
-    return torch.cat(parts, dim=-1).to(x_bthe.dtype)
+    halves = x[..., : 2 * half].unflatten(-1, (2, half))
+    turned = halves * cos.unsqueeze(-2)
+    turned[..., 0, :].addcmul_(halves[..., 1, :], sin, value=-1)
+    turned[..., 1, :].addcmul_(halves[..., 0, :], sin)
+    out = turned.flatten(-2)
+    if 2 * half < x.shape[-1]:
+        out = torch.cat((out, x[..., 2 * half :]), dim=-1)
+    return out.to(x_bthe.dtype)
