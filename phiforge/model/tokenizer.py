@@ -9,7 +9,6 @@ import re
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -163,24 +162,18 @@ class Tokenizer:
     def encode_chat(self, messages: Messages, add_generation_prompt: bool = False) -> list[int]:
         """Token ids of a chat; a special token's name inside a message stays ordinary text."""
         rendered = self._template().spans(messages, add_generation_prompt)
-        return [
-            index
-            for start, end in self._cuts(rendered)
-            for index in self._piece(rendered, start, end)
-        ]
+        return [index for index, _ in self._encode_rendered(rendered)]
 
     def encode_chat_with_mask(self, messages: Messages) -> tuple[list[int], list[int]]:
         """(ids, mask) of a chat: 1 on assistant texts and the token that ends them, else 0."""
         rendered = self._template().spans(messages)
         spans = self._assistant_spans(rendered)
-        ids: list[int] = []
-        mask: list[int] = []
-        for start, end in self._cuts(rendered):
-            piece = self._piece(rendered, start, end)
-            inside = any(first <= start and end <= last for first, last in spans)
-            ids += piece
-            mask += [int(inside)] * len(piece)
-        return ids, mask
+        encoded = self._encode_rendered(rendered)
+        mask = [
+            int(any(first <= start and end <= last for first, last in spans))
+            for _, (start, end) in encoded
+        ]
+        return [index for index, _ in encoded], mask
 
     def _assistant_spans(self, rendered: Rendered) -> list[tuple[int, int]]:
         """Where the model speaks: what the template marks, else contents and their end token."""
@@ -199,28 +192,25 @@ class Tokenizer:
             spans.append((start, found.end()))
         return spans
 
-    def _cuts(self, rendered: Rendered) -> list[tuple[int, int]]:
-        """Pieces of a rendered chat: each special token of the template alone, texts between.
+    def _encode_rendered(self, rendered: Rendered) -> list[tuple[int, tuple[int, int]]]:
+        """(token id, characters it stands for); special tokens count only outside messages."""
+        encoded: list[tuple[int, tuple[int, int]]] = []
+        at = 0
 
-        Assistant spans begin a piece as well, because generation starts there.
-        """
-        contents = rendered.contents
-        borders = {0, len(rendered.text)}
+        def add_text(end: int) -> None:
+            piece = self._plain.encode(rendered.text[at:end], add_special_tokens=False)
+            for index, (first, last) in zip(piece.ids, piece.offsets, strict=True):
+                encoded.append((index, (at + first, at + last)))
+
         for found in self._special_pattern.finditer(rendered.text):
-            if not any(first < found.end() and found.start() < last for first, last in contents):
-                borders |= set(found.span())
-        if "assistant" in rendered.roles:
-            for span in self._assistant_spans(rendered):
-                borders |= set(span)
-        ordered = sorted(borders)
-        return [(start, end) for start, end in pairwise(ordered) if start < end]
-
-    def _piece(self, rendered: Rendered, start: int, end: int) -> list[int]:
-        text = rendered.text[start:end]
-        inside = any(first <= start and end <= last for first, last in rendered.contents)
-        if not inside and text in self._specials:
-            return [self._specials[text]]
-        return self.encode(text)
+            start, end = found.span()
+            if any(first < end and start < last for first, last in rendered.contents):
+                continue
+            add_text(start)
+            encoded.append((self._specials[found[0]], (start, end)))
+            at = end
+        add_text(len(rendered.text))
+        return encoded
 
     # folders ------------------------------------------------------------------------------------
 

@@ -246,6 +246,46 @@ def test_another_templates_mask_without_generation_marks(tokenizer: Tokenizer, t
     assert ids[: len(prompt)] == prompt
 
 
+def test_a_sentencepiece_like_folder(tmp_path: Path):
+    transformers = pytest.importorskip("transformers")
+    from tokenizers import AddedToken, decoders, models, normalizers
+    from tokenizers import Tokenizer as Backend
+
+    pieces = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    pieces += ["\u2581", "H", "i", "Hi", "\u2581Hi"]
+    merges = [("H", "i"), ("\u2581", "Hi")]
+    vocab = {piece: index for index, piece in enumerate(pieces)}
+    backend = Backend(models.BPE(vocab, merges, unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()]
+    )
+    names = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|placeholder1|>", "<|end|>")
+    backend.add_special_tokens([AddedToken(name, normalized=False) for name in names])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    template = (
+        "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content + '<|end|>\n' }}{% endfor %}"
+    )
+    config = {"eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>", "bos_token": "<s>"}
+    config |= {"tokenizer_class": "PreTrainedTokenizerFast", "chat_template": template}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    ours, theirs = Tokenizer.load(tmp_path), transformers.AutoTokenizer.from_pretrained(tmp_path)
+    assert [
+        ours.backend.id_to_token(index) for index in (ours.eos_id, ours.eod_id, ours.pad_id)
+    ] == [
+        "<|end|>",
+        "<|endoftext|>",
+        "<|placeholder1|>",
+    ]
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi é"}]
+    ids, mask = ours.encode_chat_with_mask(chat)
+    assert ids == theirs.apply_chat_template(chat, tokenize=True, return_dict=True)["input_ids"]
+    learned = [index for index, learn in zip(ids, mask, strict=True) if learn]
+    assert b"".join(map(ours.token_bytes, learned)).decode() == "Hi é<|end|>"
+
+
 def test_a_template_that_rewrites_texts_is_refused(tokenizer: Tokenizer, tmp_path: Path):
     tokenizer.save(tmp_path)
     edit(tmp_path, chat_template="{{ messages[0].content[:1] }}")
