@@ -67,9 +67,9 @@ def draw(rng: random.Random, level: int) -> Draft:
     order = list(range(num - 1))
     rng.shuffle(order)
     steps = tuple(f"{i + 1} {name}" for i, name in enumerate(line[:place]))
-    lost = rng.randrange(place - 1)  # this link is needed to reach the asked place
+    lost, dropped = rng.choice(_gaps(num, place))
     told = [links[i] for i in order]
-    gap = [links[i] for i in order if i != lost]
+    gap = [links[i] for i in order if i not in dropped]
     return Draft(
         question=sentences([setting.opening, first, *told, asked]),
         steps=steps,
@@ -79,6 +79,21 @@ def draw(rng: random.Random, level: int) -> Draft:
         bogus_question=sentences([setting.opening, first, *gap, asked]),
         refusal=refuse(f"it is not said who comes after {line[lost]}"),
     )
+
+
+def _gaps(num: int, place: int) -> list[tuple[int, frozenset[int]]]:
+    """Links to drop so that the place is open: (the first of them, all of them).
+
+    One link alone would not do: what is left has only one order. Either everything after a name
+    is dropped, or two links are, so that two groups of two or more names could stand either way.
+    """
+    ends = [(lost, frozenset(range(lost, num - 1))) for lost in range(1, place - 1)]
+    swaps = [
+        (lost, frozenset((lost, other)))
+        for lost in range(place - 1)
+        for other in range(lost + 2, num - 2)
+    ]
+    return ends + swaps * 2
 
 
 def _link(rng: random.Random, setting: Setting, line: list[str], i: int, level: int) -> str:
