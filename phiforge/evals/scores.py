@@ -25,7 +25,7 @@ CONTEXT_TASKS = ("recall", "copy")
 _COUNTS: dict[str, Callable[[Transcript], bool]] = {
     "accuracy": lambda t: t.correct,
     "refusals": lambda t: t.refused,
-    "context": lambda t: t.correct,
+    "recall": lambda t: t.correct,
 }
 
 
@@ -71,7 +71,7 @@ def context_recall(transcripts: Sequence[Transcript]) -> list[Row]:
                 "task": task,
                 "length": length,
                 "prompt_tokens": round(tokens, 1),
-                **cell(group, "context"),
+                **cell(group, "recall"),
             }
         )
     return rows
@@ -100,7 +100,7 @@ def comparisons(transcripts: Sequence[Transcript], order: Sequence[str], seed: i
         *_compare(
             (t for t in transcripts if t.suite in CONTEXT_TASKS),
             order,
-            "context",
+            "recall",
             lambda t: (("task", t.suite), ("length", t.metadata["length"])),
             seed,
             families=False,
