@@ -52,6 +52,13 @@ class RecallPlan(_Block):
     )
 
 
+class DrillPlan(_Block):
+    """Lines of single arithmetic facts, as many as fit the context."""
+
+    documents: Count = Field(default=0, description="Drill documents.")
+    below: int = Field(default=60, ge=6, description="Every number of a drill is below this.")
+
+
 class ChatPlan(_Block):
     """What chats.jsonl holds."""
 
@@ -78,6 +85,7 @@ class SynthesizeConfig(StageConfig):
         default=0.0, description="The same share in the pretraining documents."
     )
     context: int = Field(default=128, ge=32, description="Pretraining context, in tokens.")
+    drills: DrillPlan = DrillPlan()
     recall: RecallPlan = RecallPlan()
     chats: ChatPlan = ChatPlan()
     train_count: Count = Field(

@@ -10,7 +10,6 @@ documents, chats and problems_train draw from different ranges of indices.
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -18,11 +17,13 @@ from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
 
+from phiforge.core.distributed import num_workers
 from phiforge.core.execute import map_shards
 from phiforge.core.records import Chat, Document, Problem, write_records
 from phiforge.core.store import Inputs, Metrics, StageDir
 from phiforge.synth.chats import bogus_chat, identity_chat, problem_chat, recall_chat
 from phiforge.synth.procedural import Item, Split, generate
+from phiforge.synth.procedural.drills import drill_document
 from phiforge.synth.procedural.recall import copy_document, recall_document
 from phiforge.synth.settings import SynthesizeConfig
 from phiforge.synth.worksheets import choose_style, entry, estimate_tokens, fill, solution
@@ -30,9 +31,11 @@ from phiforge.synth.worksheets import choose_style, entry, estimate_tokens, fill
 VERSION = 1
 __all__ = ["VERSION", "SynthesizeConfig", "run"]
 
+RECORDS_PER_WORKER = 4_000
 SHARD = 1_000  # records a worker makes at once; fixed, so that shards never depend on the workers
 # First index of each use of the train split: documents, long worksheets, chats, problems.
 STARTS = {"documents": 0, "long": 10_000_000, "chats": 20_000_000, "problems": 30_000_000}
+TOKENS_PER_FACT = 6  # "12+7=19" and the end of its line
 MOST_REPEATS = 2_000  # known problems in a row that say that a family is exhausted
 
 
@@ -54,7 +57,7 @@ def run(config: SynthesizeConfig, inputs: Inputs, out: StageDir) -> Metrics:
     """Write the five files; returns counts of records, estimated tokens, answers of each style."""
     if inputs:
         raise ValueError(f"synthesize reads no earlier stage, but got {', '.join(inputs)}")
-    workers = out.exec.workers or os.cpu_count() or 1
+    workers = num_workers(out.exec)
     metrics: Metrics = {}
     plans = {
         "documents": _document_shards(config),
@@ -62,6 +65,8 @@ def run(config: SynthesizeConfig, inputs: Inputs, out: StageDir) -> Metrics:
         "chats": _chat_shards(config),
     }
     total = sum(shard.count for shards in plans.values() for shard in shards)
+    # Below this, starting worker processes takes longer than the work.
+    workers = max(1, min(workers, total // RECORDS_PER_WORKER))
     with out.progress(total, "records") as bar:
         for name, shards in plans.items():
             counts: Counter[str] = Counter()
@@ -128,6 +133,7 @@ def _family_shards(config: SynthesizeConfig, kind: str, start: int, number: int)
 def _document_shards(config: SynthesizeConfig) -> list[Shard]:
     return [
         *_family_shards(config, "worksheet", STARTS["documents"], -1),
+        *_pieces("drill", config.drills.documents),
         *_pieces("recall", config.recall.documents),
         *_pieces("copy", config.recall.copies),
     ]
@@ -192,6 +198,16 @@ def _document(
     metadata = {"source": source, "split": "train", "licence": "MIT", "seed": config.seed}
     tokens = estimate_tokens(text)
     return Document(id=id, text=text, metadata={**metadata, "tokens": tokens, **lineage})
+
+
+def _drill_documents(config: SynthesizeConfig, shard: Shard) -> list[Record]:
+    lines = (config.context - 1) // TOKENS_PER_FACT
+    documents: list[Record] = []
+    for index in range(shard.start, shard.start + shard.count):
+        text = drill_document(_rng(config, "drill", index), config.drills.below, lines)
+        id, lineage = f"drills/{index}", {"task": "drill", "index": index}
+        documents.append(_document(config, id, text, "drills", lineage))
+    return documents
 
 
 def _recall_documents(config: SynthesizeConfig, shard: Shard) -> list[Record]:
@@ -290,6 +306,7 @@ def _identity_chats(config: SynthesizeConfig, shard: Shard) -> list[Record]:
 
 MAKERS: dict[str, Callable[[SynthesizeConfig, Shard], list[Record]]] = {
     "worksheet": _worksheets,
+    "drill": _drill_documents,
     "recall": _recall_documents,
     "copy": _recall_documents,
     "long recall": _recall_documents,

@@ -4,11 +4,13 @@ Run: pytest tests/synth/test_recall.py.
 """
 
 import random
+import re
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from phiforge.synth.procedural.drills import drill_document
 from phiforge.synth.procedural.recall import (
     PLAIN_KEYS,
     VALUES,
@@ -86,3 +88,15 @@ def test_recall_documents_answer_every_question(max_tokens):
         asked = [line[4:].split("? ") for line in text.splitlines() if "?" in line]
         assert asked
         assert all(given_pairs[key] == value for key, value in asked)
+
+
+def test_drills_are_true_and_small():
+    lines = drill_document(random.Random(1), 60, 2_000).splitlines()
+    assert len(lines) == 2_000
+    for line in lines:
+        left, _, right = line.partition("=")
+        assert eval(left) == int(right), line
+        assert max(map(int, re.findall(r"\d+", line))) < 60
+    assert {re.sub(r"\d+", "", line)[0] for line in lines} == set("+-*/")
+    with pytest.raises(ValueError, match="below is 5"):
+        drill_document(random.Random(0), 5, 1)

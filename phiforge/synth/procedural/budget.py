@@ -1,6 +1,6 @@
 """Finance: change after shopping, savings plans and simple discounts, with whole dollars.
 
-`BUDGET.generate(rng, level)` draws one. Level 1 keeps every number below 100, level 2 below 1,000,
+`BUDGET.generate(rng, level)` draws one. Level 1 keeps every number below 60, level 2 below 1,000,
 level 3 has one more purchase and stays below 10,000.
 """
 
@@ -11,7 +11,7 @@ import random
 from phiforge.synth.procedural.family import Draft, Family, tell
 from phiforge.synth.procedural.words import GOODS, NAMES, plural
 
-LIMITS = {1: 100, 2: 1_000, 3: 10_000}
+LIMITS = {1: 60, 2: 1_000, 3: 10_000}
 
 SHOPPING = (
     "{name} has {money} dollars and buys {n} {goods} at {price} dollars each{more}. "

@@ -1,6 +1,6 @@
 """Engineering: Ohm's law in networks of resistors, in whole volts, amperes and ohms.
 
-`CIRCUITS.generate(rng, level)` draws one. Level 1: resistors in series, voltages below 100;
+`CIRCUITS.generate(rng, level)` draws one. Level 1: resistors in series, voltages below 60;
 level 2: also a current from a voltage, below 1,000; level 3: a parallel pair within a series.
 """
 
@@ -51,6 +51,7 @@ PARALLEL = (
     "In series are {list} ohms and a parallel pair of {p} and {q} ohms. The current is {i} "
     "amperes. How many volts are needed?",
 )
+LIMITS = {1: 60, 2: 1_000, 3: 1_000}  # volts stay below their level's limit
 # Amperes; small ones more often, as they leave room for more sums.
 CURRENTS = (2, 2, 2, 2, 3, 3, 3, 4, 4, 5, 6, 7, 8, 9)
 # Parallel pairs (p, q) whose product divided by their sum is whole.
@@ -62,10 +63,10 @@ PAIRS = tuple(
 def draw(rng: random.Random, level: int) -> Draft:
     """One circuit of the level's kinds; the answer is a whole number of volts or amperes."""
     if level == 1:
-        return rng.choice((_series, _supply))(rng, 100)
+        return rng.choice((_series, _supply))(rng, LIMITS[1])
     if level == 2:
-        return rng.choice((_series, _supply, _current))(rng, 1_000)
-    return _parallel(rng, 1_000)
+        return rng.choice((_series, _supply, _current))(rng, LIMITS[2])
+    return _parallel(rng, LIMITS[3])
 
 
 def _draw_total(rng: random.Random, low: int, high: int) -> int:
@@ -99,7 +100,7 @@ def _sum_steps(parts: list[int]) -> list[str]:
 
 def _series(rng: random.Random, limit: int) -> Draft:
     i = rng.choice(CURRENTS)
-    parts = _parts(rng, _draw_total(rng, 6, (limit - 1) // i), 3 if limit == 100 else 4)
+    parts = _parts(rng, _draw_total(rng, 6, (limit - 1) // i), 3 if limit == LIMITS[1] else 4)
     total = sum(parts)
     steps = [*_sum_steps(parts), f"{i}*{total}={i * total}"]
     return _finish(rng, SERIES, {"i": i}, parts, steps, i * total, "the current")
@@ -107,7 +108,8 @@ def _series(rng: random.Random, limit: int) -> Draft:
 
 def _supply(rng: random.Random, limit: int) -> Draft:
     i = rng.choice(CURRENTS)
-    parts = _parts(rng, _draw_total(rng, 3, (limit - 10) // i), 2)
+    num = rng.choice((2, 2, 3))
+    parts = _parts(rng, _draw_total(rng, num + 1, (limit - 10) // i), num)
     drop = i * sum(parts)
     u = rng.randint(2, limit - 1 - drop)
     steps = [*_sum_steps(parts), f"{i}*{sum(parts)}={drop}", f"{drop}+{u}={drop + u}"]

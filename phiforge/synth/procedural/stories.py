@@ -1,6 +1,6 @@
 """Mathematics: stories of several steps of addition, subtraction and multiplication.
 
-`STORIES.generate(rng, level)` draws one. Level 1 has 2-3 events and every number below 100; level 2
+`STORIES.generate(rng, level)` draws one. Level 1 has 2 events and every number below 60; level 2
 has 3-4 events below 1,000; level 3 has 4-6 events below 10,000.
 """
 
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from phiforge.synth.procedural.family import Draft, Family, refuse, sentences
 from phiforge.synth.procedural.words import BOXES, NAMES, THINGS, VAGUE
 
-LIMITS = {1: 100, 2: 1_000, 3: 10_000}  # every number in a problem stays below its level's limit
-EVENTS = {1: (2, 3), 2: (3, 4), 3: (4, 6)}
+LIMITS = {1: 60, 2: 1_000, 3: 10_000}  # every number in a problem stays below its level's limit
+EVENTS = {1: (2, 2), 2: (3, 4), 3: (4, 6)}
 
 OPENINGS = (
     "{name} has {start} {things}.",
