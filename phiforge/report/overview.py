@@ -125,7 +125,7 @@ def _environment_table(data: RunData) -> Html:
                 name = f"exec.{key}" if block == "exec" else key
                 facts.setdefault(name, set()).add(str(value))
     rows = [[name, " / ".join(sorted(values))] for name, values in facts.items()]
-    return table([Column(""), Column("Recorded by the stages")], rows) if rows else Html("")
+    return table([Column(""), Column("Recorded by the stages", "wide")], rows) if rows else Html("")
 
 
 def _hash_table(data: RunData) -> Html:

@@ -6,10 +6,12 @@ from pathlib import Path
 import pytest
 from tiny_run import CONTEXT, make_inputs
 
+from phiforge.core.config import Exec
 from phiforge.core.store import StageDir
 from phiforge.evals import ask
 from phiforge.evals.run import BitsConfig, EvaluateConfig, RecallConfig, checkpoint_styles, run
 
+EXEC = Exec(threads=1, micro_tokens=256)
 CONFIG = EvaluateConfig(
     problems_per_family=2,
     bogus_per_family=1,
@@ -27,7 +29,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def done(inputs: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict]:
-    out = StageDir.scratch(tmp_path_factory.mktemp("evaluate"))
+    out = StageDir.scratch(tmp_path_factory.mktemp("evaluate"), EXEC)
     return out.path, run(CONFIG, inputs, out)
 
 
@@ -84,7 +86,7 @@ def test_resumed_is_the_same_and_asks_nothing_twice(
 ) -> None:
     from phiforge.inference.engine import Engine
 
-    out = StageDir.scratch(tmp_path)
+    out = StageDir.scratch(tmp_path, EXEC)
     generate, calls = Engine.generate, []
 
     def stop_at_last(engine: Engine, prompts: list, **settings: object) -> list:
