@@ -126,7 +126,7 @@ class Batch:
         self._record(n, ids, logits_bv, ids_b)
         stopped = self._is_stop[ids] | self._match_stop_strings(n, ids)
         ended = stopped | (self._counts[:n] >= self._limits[:n])
-        finished = [self._finish(row, bool(stopped[row])) for row in np.flatnonzero(ended)]
+        finished = [self._finish(int(row), bool(stopped[row])) for row in np.flatnonzero(ended)]
         if finished:
             ids = self._compact(n, ended, ids)
         if self.num_active:

@@ -99,10 +99,13 @@ def _invert(weights_bv: Tensor, uniforms_b: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _first_above(cumulative: Tensor, target_b1: Tensor) -> Tensor:
-    """The first place whose running sum exceeds the target, at most the last that adds to it."""
+    """The first place whose running sum exceeds the target, at most the last that adds to it.
+
+    Damaged rows get some place within bounds; their totals tell.
+    """
     place_b1 = torch.searchsorted(cumulative, target_b1, right=True)
     last_b1 = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
-    return torch.minimum(place_b1, last_b1)
+    return torch.minimum(place_b1, last_b1).clamp_(max=cumulative.shape[-1] - 1)
 
 
 def token_logprobs(logits_bv: Tensor, ids_b: Tensor) -> Tensor:
