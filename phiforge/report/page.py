@@ -82,7 +82,8 @@ def _accuracy_items(data: RunData) -> list[Item]:
         steps = (test["measure"], test["family"], test["second"], test.get("temperature"))
         if steps == ("accuracy", "all", "dpo-pivotal", greedy):
             note = join([f"points over {test['first']}, p = ", p_value(test["p_holm"])])
-            items.append(("Pivotal-token DPO", f"{100 * test['difference']:+.1f}", note))
+            points = round(100 * test["difference"], 1)
+            items.append(("Pivotal-token DPO", f"{points:+.1f}" if points else "0.0", note))
     return items
 
 
