@@ -51,15 +51,15 @@ def chat(
 
     folder = find_model(model)
     loaded, tokenizer = load(folder, dtype=dtype, device=resolve_device(device))
-    source, target = source or sys.stdin, target or sys.stdout
-    talk = Conversation(
-        Engine(loaded, tokenizer, rows=1), system, temperature, max_tokens, seed, target
-    )
-    if source.isatty():
-        target.write(f"{folder}  (/help for commands)\n")
-        talk.run(_typed_lines(source, target))
+    lines: TextIO = sys.stdin if source is None else source
+    out: TextIO = sys.stdout if target is None else target
+    engine = Engine(loaded, tokenizer, rows=1)
+    talk = Conversation(engine, system, temperature, max_tokens, seed, out)
+    if lines.isatty():
+        out.write(f"{folder}  (/help for commands)\n")
+        talk.run(_typed_lines(lines, out))
     else:
-        talk.run(source, apart=True)
+        talk.run(lines, apart=True)
 
 
 def find_model(model: str | Path) -> str | Path:
