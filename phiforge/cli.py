@@ -7,6 +7,7 @@ Every command exits with 0 (done), 1 (failed) or 2 (misused); results go to stan
 import errno
 import json
 import os
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -81,13 +82,14 @@ def status(
     json_output: JsonOption = False,
 ) -> None:
     """Show what a run folder holds, and what a running stage last said."""
-    if not folder.is_dir():
-        raise ValueError(f"{folder}: no such run folder")
+    _check_run_folder(folder)
     rows = _stage_rows(folder, verify)
     if json_output:
         _print_json(rows)
-    else:
+    elif rows:
         _print_table(rows, ("stage", "state", "clock", "facts"))
+    else:
+        print(f"{folder}: no stage has begun here", file=sys.stderr)
     if any(row["state"] == "damaged" for row in rows):
         raise typer.Exit(1)
 
@@ -110,6 +112,12 @@ def explain(
         print(f"{row['stage']:<12} {row['action']:<8} {row['reasons'][0]}")
         for reason in row["reasons"][1:]:
             print(f"{'':<21} {reason}")
+    if changed := [row["stage"] for row in rows if row["action"] == "changed"]:
+        print(
+            f"The run would stop at {changed[0]}, which is there with other settings: give "
+            f"--rebuild {changed[0]} to make it anew, or --set name=… to keep both.",
+            file=sys.stderr,
+        )
 
 
 @app.command(epilog="Example: `phiforge stages`")
@@ -150,9 +158,10 @@ def stage(
 
 @app.command(epilog="Example: `phiforge report runs/nano-s0`")
 def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> None:
-    """Build a run's HTML report again from its files (of an unfinished run too)."""
+    """Build RUN/report.html from a run's files (of an unfinished run too)."""
     from phiforge.report import build
 
+    _check_run_folder(folder)
     print(build(folder))
 
 
@@ -194,17 +203,21 @@ def init(
 
     target = folder / "recipe.yaml"
     if target.exists():
-        raise ValueError(f"{target} exists already; choose another folder")
+        raise typer.BadParameter(f"{target} exists already; choose another folder")
     text = find_recipe(source).read_text(encoding="utf-8")
+    # A run of its own: it must not meet the run folder of the recipe it came from.
+    name = json.dumps(f"{folder.resolve().name}-s{{seed}}", ensure_ascii=False)
+    text = re.sub(r"^name:.*$", lambda _: f"name: {name}", text, count=1, flags=re.M)
     folder.mkdir(parents=True, exist_ok=True)
     target.write_text(text, encoding="utf-8")
     print(f"{target}\nEdit it, then: phiforge explain {target} && phiforge run {target}")
 
 
 def _overrides(pairs: list[str] | None) -> dict[str, Any]:
-    from phiforge.recipe import parse_value
+    from phiforge.core.strict_yaml import parse_value
 
-    return {key: parse_value(value) for key, value in _pairs(pairs, "--set").items()}
+    given = _pairs(pairs, "--set")
+    return {key: parse_value(value, f"--set {key}") for key, value in given.items()}
 
 
 def _pairs(pairs: list[str] | None, option: str) -> dict[str, str]:
@@ -212,9 +225,17 @@ def _pairs(pairs: list[str] | None, option: str) -> dict[str, str]:
     for pair in pairs or ():
         key, separator, value = pair.partition("=")
         if not separator or not key:
-            raise ValueError(f"{option} {pair!r}: write it as KEY=VALUE")
+            form = "KEY=VALUE" if option == "--set" else "STAGE=FOLDER"
+            raise typer.BadParameter(f"{option} {pair!r}: write it as {form}")
+        if key in found:
+            raise typer.BadParameter(f"{option} {key} is given twice")
         found[key] = value
     return found
+
+
+def _check_run_folder(folder: Path) -> None:
+    if not folder.is_dir():
+        raise typer.BadParameter(f"{folder}: no such run folder")
 
 
 def _stage_rows(folder: Path, verify: bool = False) -> list[dict[str, Any]]:
@@ -228,25 +249,32 @@ def _print_json(value: Any) -> None:
 
 
 def _print_table(rows: list[dict[str, Any]], columns: tuple[str, ...]) -> None:
+    """Aligned columns; long texts fold inside theirs."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=None, pad_edge=False, show_header=True, header_style="bold")
     for column in columns:
-        table.add_column(column, overflow="fold", no_wrap=column != columns[-1])
+        longest = max(len(str(row.get(column, ""))) for row in rows)
+        table.add_column(column, overflow="fold", no_wrap=longest <= 24)
     for row in rows:
-        table.add_row(*(str(row.get(column, "")) for column in columns))
+        # Text, because strings would be read as markup: "[hub]" is a style there.
+        table.add_row(*(Text(str(row.get(column, ""))) for column in columns))
     Console(width=None if sys.stdout.isatty() else 100, soft_wrap=False).print(table)
 
 
 def _os_error(error: OSError) -> str:
     """What an operating-system error means here, and what to do."""
+    if error.filename is None and error.strerror is None:
+        return str(error)
     name = error.filename or "a file"
     if error.errno == errno.ENOSPC:
         return f"{name}: the disk is full. Free some space, then run the same command: it goes on."
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return (
-            f"{name}: cannot be written ({error.strerror}). Check its permissions, or use --runs."
+            f"{name}: no permission ({error.strerror}). Check its permissions; --runs names "
+            "another folder for runs."
         )
     return f"{name}: {error.strerror or error}"
 
@@ -255,24 +283,32 @@ def main() -> None:
     """Run the command line; errors become one message and an exit code."""
     os.environ.setdefault("PYTHONUTF8", "1")
     try:
-        app(standalone_mode=False)
-    except typer.Exit as stop:
-        sys.exit(stop.exit_code)
+        # Without standalone mode an Exit comes back as its code.
+        code = app(standalone_mode=False)
     except (typer.Abort, KeyboardInterrupt):
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)
     except Exception as error:
         sys.exit(_failed(error))
+    sys.exit(code if isinstance(code, int) else 0)
+
+
+# Typer's base class of messages about the command line, wherever it keeps it in this version.
+_Misused: type[Exception] = typer.BadParameter.__mro__[1]
 
 
 def _failed(error: Exception) -> int:
-    import click
-
-    if isinstance(error, click.ClickException):
-        error.show()
+    """Print what went wrong; the exit code: 2 misused, 1 failed."""
+    if isinstance(error, _Misused):
+        error.show()  # type: ignore[attr-defined]
         return 2
     if os.environ.get("PHIFORGE_TRACEBACK"):
         raise error
+    from phiforge.core.usage import UsageError
+
+    if isinstance(error, UsageError):
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     if isinstance(error, OSError):
         print(f"error: {_os_error(error)}", file=sys.stderr)
         return 1

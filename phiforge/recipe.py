@@ -21,6 +21,8 @@ from phiforge.core.config import Exec, StageConfig
 from phiforge.core.files import content_hash
 from phiforge.core.progress import clock
 from phiforge.core.store import Inputs, Request, Run, StageDir, open_run, read_manifest
+from phiforge.core.strict_yaml import read_yaml
+from phiforge.core.usage import UsageError, explain_validation, unknown_name
 from phiforge.stages import BY_NAME, STAGES, Stage
 from phiforge.status import facts
 
@@ -29,7 +31,10 @@ _TOP = ("name", "seed", "exec", "model", "adopt", *BY_NAME)
 
 @dataclass(frozen=True)
 class Recipe:
-    """A checked recipe: `configs` has one entry per stage that runs, in table order."""
+    """A checked recipe: `configs` has one entry per stage that runs, in table order.
+
+    `adopt` maps stages that do not run to the folders that stand in for them.
+    """
 
     name: str
     seed: int
@@ -52,7 +57,7 @@ def shipped() -> dict[str, Path]:
 def find_recipe(name: str | Path) -> Path:
     """A recipe's file from its path or the name of a shipped one.
 
-    Raises ValueError with the known names.
+    Raises UsageError with the known names.
     """
     path = Path(name)
     if path.is_file():
@@ -62,7 +67,7 @@ def find_recipe(name: str | Path) -> Path:
         return known[str(name)]
     close = difflib.get_close_matches(str(name), known, 1)
     hint = f"; did you mean {close[0]!r}?" if close else ""
-    raise ValueError(
+    raise UsageError(
         f"no recipe file {name} and no shipped recipe of that name ({', '.join(known)}){hint}"
     )
 
@@ -70,7 +75,7 @@ def find_recipe(name: str | Path) -> Path:
 def load_recipe(name: str | Path, set: Mapping[str, Any] | None = None) -> Recipe:
     """Read, override, derive and check a recipe.
 
-    `set` maps dotted paths ("pretrain.steps") to values. Raises ValueError naming file, full path
+    `set` maps dotted paths ("pretrain.steps") to values. Raises UsageError naming file, full path
     of the key, what is allowed and the nearest known key.
     """
     path = find_recipe(name)
@@ -80,61 +85,35 @@ def load_recipe(name: str | Path, set: Mapping[str, Any] | None = None) -> Recip
     return resolve(raw, str(path))
 
 
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file as a dictionary; duplicate keys are errors."""
-    try:
-        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_StrictLoader)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{path}: not valid YAML: {error}") from None
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: not UTF-8 text: {error}") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: a recipe is a mapping of stage names to settings")
-    return value
-
-
-class _StrictLoader(yaml.SafeLoader):
-    """SafeLoader that refuses a key given twice."""
-
-
-def _strict_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[str, Any]:
-    seen: dict[Any, int] = {}
-    for key_node, _ in node.value:
-        key = loader.construct_object(key_node)
-        line = key_node.start_mark.line + 1
-        if key in seen:
-            raise yaml.YAMLError(f"line {line}: key {key!r} was given already on line {seen[key]}")
-        seen[key] = line
-    return loader.construct_mapping(node, deep=True)
-
-
-_StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _strict_mapping)
-# YAML 1.1 reads 1e-3 as text; people write it as a number.
-_StrictLoader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?[0-9]+(\.[0-9]*)?[eE][-+]?[0-9]+$"),
-    list("-+0123456789"),
-)
-
-
-def parse_value(text: str) -> Any:
-    """The value of a `--set key=value`, read as YAML."""
-    return yaml.load(text, Loader=_StrictLoader)
-
-
 def _override(raw: dict[str, Any], key: str, value: Any) -> None:
-    parts = key.split(".")
-    if parts[0] not in _TOP:
-        raise ValueError(_unknown("--set", (parts[0],), _TOP))
-    target = raw
-    for part in parts[:-1]:
-        child = target.get(part)
-        if child is None:
-            child = target[part] = {}
-        if not isinstance(child, dict):
-            raise ValueError(f"--set {key}: {part} is not a block of settings")
-        target = child
-    target[parts[-1]] = value
+    """Set one value at a dotted path; `mixture[0].share` or `mixture.0.share` reaches a list."""
+    *path, last = re.sub(r"\[(\d+)\]", r".\1", key).split(".")
+    top = path[0] if path else last
+    if top not in _TOP:
+        raise UsageError(unknown_name("--set", (top,), _TOP))
+    target: Any = raw
+    for part in path:
+        if isinstance(target, list):
+            target = target[_list_index(key, part, target)]
+        elif isinstance(target, dict):
+            if target.get(part) is None:
+                target[part] = {}
+            target = target[part]
+    if isinstance(target, list):
+        target[_list_index(key, last, target)] = value
+    elif isinstance(target, dict):
+        target[last] = value
+    else:
+        raise UsageError(f"--set {key}: {'.'.join(path)} is {target!r}, no block of settings")
+
+
+def _list_index(key: str, part: str, found: list[Any]) -> int:
+    if part.isdigit() and int(part) < len(found):
+        return int(part)
+    raise UsageError(
+        f"--set {key}: {part!r} is no entry of a list of {len(found)}; "
+        f"use 0 to {len(found) - 1}, or set the whole list"
+    )
 
 
 def resolve(raw: Mapping[str, Any], where: str) -> Recipe:
@@ -142,102 +121,115 @@ def resolve(raw: Mapping[str, Any], where: str) -> Recipe:
     raw = copy.deepcopy(dict(raw))
     for key in raw:
         if key not in _TOP:
-            raise ValueError(_unknown(where, (str(key),), _TOP))
+            raise UsageError(unknown_name(where, (str(key),), _TOP))
     seed = raw.get("seed", 0)
     if not isinstance(seed, int) or isinstance(seed, bool):
-        raise ValueError(f"{where}: seed is {seed!r}; it must be a whole number")
-    name = str(raw.get("name", Path(where).stem)).replace("{seed}", str(seed))
-    if not name or "/" in name or name.startswith("."):
-        raise ValueError(f"{where}: name is {name!r}; use a plain folder name")
-    blocks = {stage.name: raw.get(stage.name) for stage in STAGES if stage.name in raw}
-    for key, block in blocks.items():
-        blocks[key] = {} if block is None else block
-        if not isinstance(blocks[key], dict):
-            raise ValueError(f"{where}: {key} must be a block of settings, found {block!r}")
-    _derive(blocks, raw.get("model"), seed)
-    configs = {key: _check(where, key, BY_NAME[key], block) for key, block in blocks.items()}
-    try:
-        exec = Exec(**(raw.get("exec") or {}))
-    except ValidationError as error:
-        raise ValueError(_explain(where, "exec", Exec, error)) from None
+        raise UsageError(f"{where}: seed is {seed!r}; it must be a whole number")
+    name = _name(where, raw.get("name", Path(where).stem), seed)
+    blocks = {key: _block(where, key, raw[key]) for key in BY_NAME if key in raw}
+    configs = _configs(where, blocks, raw.get("model"), seed)
+    exec = _exec(where, _block(where, "exec", raw.get("exec")))
+    adopt = _adopted(where, _block(where, "adopt", raw.get("adopt")))
+    # An adopted stage does not run; its block may still say what midtraining inherits.
+    configs = {key: config for key, config in configs.items() if key not in adopt}
+    read = {choice for key in configs for want in BY_NAME[key].reads for choice in _choices(want)}
+    for key in adopt:
+        if key not in read:
+            raise UsageError(
+                f"{where}: adopt.{key} has no effect: no stage of this recipe reads {key}"
+            )
     resolved = {
         "name": name,
         "seed": seed,
         "exec": exec.model_dump(mode="json"),
+        **(
+            {"adopt": {key: str(folder.resolve()) for key, folder in adopt.items()}}
+            if adopt
+            else {}
+        ),
         **{key: config.model_dump(mode="json") for key, config in configs.items()},
     }
-    adopt = {key: Path(value) for key, value in (raw.get("adopt") or {}).items()}
-    for key, folder in adopt.items():
-        if key not in BY_NAME:
-            raise ValueError(_unknown(where, ("adopt", key), tuple(BY_NAME)))
-        if not folder.is_dir():
-            raise ValueError(f"{where}: adopt.{key} is {folder}, which is not a folder")
     return Recipe(name, seed, exec, adopt, configs, resolved)
 
 
-def _derive(blocks: dict[str, Any], model: Any, seed: int) -> None:
-    """Fill what follows from other settings, so that a recipe says each thing once."""
-    for block in blocks.values():
-        block.setdefault("seed", seed)
-    pretrain, midtrain = blocks.get("pretrain"), blocks.get("midtrain")
-    if pretrain is not None and model is not None:
-        pretrain.setdefault("model", model)
-    if pretrain is not None and midtrain is not None:
-        from phiforge.train.pretrain import derive_midtrain
-
-        blocks["midtrain"] = derive_midtrain(pretrain, midtrain)
+def _name(where: str, given: Any, seed: int) -> str:
+    if isinstance(given, bool) or not isinstance(given, str | int):
+        raise UsageError(f"{where}: name is {given!r}; it must be text")
+    name = str(given).replace("{seed}", str(seed))
+    if not name.strip() or "/" in name or name.startswith("."):
+        raise UsageError(f"{where}: name is {name!r}; use a plain folder name")
+    return name
 
 
-def _check(where: str, name: str, stage: Stage, block: dict[str, Any]) -> StageConfig:
-    cls = stage.config_class()
+def _block(where: str, key: str, value: Any) -> dict[str, Any]:
+    """A block of settings; one that is written without any is empty."""
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise UsageError(f"{where}: {key} must be a block of settings, found {value!r}")
+    return value
+
+
+def _configs(
+    where: str, blocks: dict[str, dict[str, Any]], model: Any, seed: int
+) -> dict[str, StageConfig]:
+    """Every stage's settings; what follows from other settings is filled in first."""
+    moved: dict[tuple, tuple] = {}
+    if model is not None:
+        pretrain = blocks.get("pretrain")
+        if pretrain is None or "model" in pretrain:
+            reason = "there is no pretrain stage" if pretrain is None else "pretrain.model is given"
+            raise UsageError(f"{where}: model has no effect: {reason}")
+        pretrain["model"] = model
+        moved["pretrain", "model"] = ("model",)
+    configs: dict[str, StageConfig] = {}
+    for key, block in blocks.items():
+        if key == "midtrain" and "pretrain" in configs:
+            from phiforge.train.pretrain import derive_midtrain
+
+            written = configs["pretrain"].model_dump(mode="json", exclude_unset=True)
+            block = derive_midtrain(written, block)
+        cls = BY_NAME[key].config_class()
+        try:
+            configs[key] = cls.model_validate({"seed": seed, **block})
+        except ValidationError as error:
+            raise UsageError(explain_validation(where, (key,), cls, error, moved)) from None
+    return configs
+
+
+def _exec(where: str, block: dict[str, Any]) -> Exec:
     try:
-        return cls(**block)
+        return Exec.model_validate(block)
     except ValidationError as error:
-        raise ValueError(_explain(where, name, cls, error)) from None
+        raise UsageError(explain_validation(where, ("exec",), Exec, error)) from None
 
 
-def _explain(where: str, prefix: str, cls: type, error: ValidationError) -> str:
-    """A pydantic error as lines that name the full key, the value and the remedy."""
-    lines = []
-    for item in error.errors():
-        path = (prefix, *(str(part) for part in item["loc"]))
-        if item["type"] == "extra_forbidden":
-            lines.append(_unknown(where, path, _fields_at(cls, item["loc"][:-1])))
-        else:
-            shown = repr(item.get("input"))[:60]
-            given = "" if item["type"] == "missing" else f", found {shown}"
-            lines.append(f"{where}: {'.'.join(path)}: {item['msg']}{given}")
-    return "\n".join(lines)
+def _adopted(where: str, block: dict[str, Any]) -> dict[str, Path]:
+    adopt: dict[str, Path] = {}
+    for key, value in block.items():
+        if key not in BY_NAME:
+            raise UsageError(unknown_name(where, ("adopt", str(key)), BY_NAME))
+        if not isinstance(value, str | Path):
+            raise UsageError(f"{where}: adopt.{key} is {value!r}; it must be a folder")
+        adopt[key] = Path(value).expanduser()
+        if not adopt[key].is_dir():
+            raise UsageError(f"{where}: adopt.{key} is {value}, which is not a folder")
+    return adopt
 
 
-def _fields_at(cls: Any, location: Iterable[Any]) -> tuple[str, ...]:
-    """The field names of the model that a location of a validation error lies in."""
-    for part in location:
-        field = getattr(cls, "model_fields", {}).get(part)
-        if field is not None:
-            cls = field.annotation
-        for argument in getattr(cls, "__args__", ()):
-            if hasattr(argument, "model_fields"):
-                cls = argument
-    return tuple(getattr(cls, "model_fields", {}))
-
-
-def _unknown(where: str, path: tuple[str, ...], known: Iterable[str]) -> str:
-    known = tuple(known)
-    close = difflib.get_close_matches(path[-1], known, 1)
-    hint = f"; did you mean {'.'.join((*path[:-1], close[0]))!r}?" if close else ""
-    hint = hint or (f"; known: {', '.join(known)}" if known else "")
-    return f"{where}: unknown key {'.'.join(path)!r}{hint}"
+def _choices(want: str) -> list[str]:
+    """The stages that one entry of `Stage.reads` may mean."""
+    return want.rstrip("?").split("|")
 
 
 def stage_inputs(stage: Stage, recipe: Recipe, run: Path) -> dict[str, Path]:
     """Which folder each input of a stage comes from: an earlier stage's, or an adopted one.
 
-    Raises ValueError when the recipe neither runs nor adopts a stage that is needed.
+    Raises UsageError when the recipe neither runs nor adopts a stage that is needed.
     """
     found: dict[str, Path] = {}
     for want in stage.reads:
-        names = want.rstrip("?").split("|")
+        names = _choices(want)
         for name in names:
             if name in recipe.adopt:
                 found[name] = recipe.adopt[name]
@@ -248,7 +240,7 @@ def stage_inputs(stage: Stage, recipe: Recipe, run: Path) -> dict[str, Path]:
             break
         else:
             if not want.endswith("?"):
-                raise ValueError(
+                raise UsageError(
                     f"stage {stage.name} reads {' or '.join(names)}: add that stage to the "
                     f"recipe, or name a finished folder under adopt.{names[0]}"
                 )
@@ -277,13 +269,14 @@ def run(
 
     `rebuild` names stages to make anew ("all" = every one); what follows from them is made anew
     too where their output changed. `until` stops after that stage.
-    Raises ValueError for mistakes in the recipe and StageChanged when a finished stage differs.
+    Raises UsageError for mistakes in the recipe and StageChanged when a finished stage differs.
     """
     checked = load_recipe(recipe, set)
     rebuild = frozenset(rebuild)
-    for name in (*(rebuild - {"all"}), *([until] if until else [])):
-        if name not in checked.configs:
-            raise ValueError(_unknown("run", (name,), checked.configs))
+    asked = [*(("--rebuild", name) for name in sorted(rebuild - {"all"})), ("--until", until)]
+    for option, name in asked:
+        if name is not None and name not in checked.configs:
+            raise UsageError(unknown_name(option, (name,), checked.configs, "stage of this recipe"))
     path = Path(runs) / checked.name
     # Every input is known to exist before the first stage starts.
     for stage in checked.stages():
@@ -320,7 +313,7 @@ def _walk(folder: Run, recipe: Recipe, rebuild: frozenset[str], until: str | Non
 
 def print_stage(name: str, manifest: dict[str, Any], skipped: bool) -> None:
     """One aligned line per finished stage: the clock, and the numbers it wants to show."""
-    state = "there" if skipped else "done"
+    state = "kept" if skipped else "done"
     line = f"{name:<12} {state:<5} {clock(manifest.get('seconds', 0)):>6}  "
     print(line + facts(manifest["metrics"]), file=sys.stderr, flush=True)
 
@@ -357,22 +350,23 @@ def run_stage(
     """Run one stage alone into folder/NAME and return its manifest.
 
     `inputs` maps earlier stages to folders; those not given are taken from `folder` itself.
-    `set` maps the stage's fields (and "exec.*") to values.
+    `set` maps the stage's fields (and "exec.*") to values; a recipe.yaml in `folder` is not read.
+    Raises UsageError for mistakes in names, inputs and values.
     """
     folder = Path(folder)
     if name not in BY_NAME:
-        raise ValueError(_unknown("stage", (name,), BY_NAME))
+        raise UsageError(unknown_name("phiforge", (name,), BY_NAME, "stage"))
     stage = BY_NAME[name]
-    present = {
-        choice: folder / choice
-        for want in stage.reads
-        for choice in want.rstrip("?").split("|")
-        if (folder / choice / "manifest.json").exists()
-    }
-    raw: dict[str, Any] = {"name": folder.name, name: {}, "adopt": {**present, **(inputs or {})}}
+    reads = [choice for want in stage.reads for choice in _choices(want)]
+    for key in inputs or {}:
+        if key not in reads:
+            known = reads or ["nothing"]
+            raise UsageError(unknown_name("--input", (key,), known, f"input of {name}"))
+    present = {key: folder / key for key in reads if (folder / key / "manifest.json").exists()}
+    raw: dict[str, Any] = {"name": name, name: {}, "adopt": {**present, **(inputs or {})}}
     for key, value in (set or {}).items():
         _override(raw, key if key.startswith("exec.") else f"{name}.{key}", value)
-    recipe = resolve(raw, "stage")
+    recipe = resolve(raw, f"stage {name}")
     found = stage_inputs(stage, recipe, folder)
     function, _ = stage.load()
     with open_run(folder, recipe.exec) as run:

@@ -72,7 +72,12 @@ def run(config: CurateConfig, inputs: Inputs, out: StageDir) -> Metrics:
     reasons = Counter(document.metadata["reason"] for document in dropped)
     for reason, count in sorted(reasons.items()):
         out.note(f"dropped {count:,}: {reason}")
-    return {"sources": _table(config, kept), "dropped": dict(sorted(reasons.items()))}
+    return {
+        "documents": len(kept),
+        "characters": sum(len(document.text) for document in kept),
+        "sources": _table(config, kept),
+        "dropped": dict(sorted(reasons.items())),
+    }
 
 
 def _items(source: Source, out: StageDir) -> Iterator[Item]:

@@ -43,10 +43,13 @@ class TokenizerConfig(StageConfig):
     def _one_way(self) -> "TokenizerConfig":
         if self.folder is not None and self.rank_file is not None:
             raise ValueError("folder and rank_file are both given; give one")
-        trained = {"vocab_size", "whole_numbers_below", "num_dummies", "max_characters"}
-        if (self.folder or self.rank_file) and (given := trained & self.model_fields_set):
+        trained = ("max_characters", "num_dummies", "vocab_size", "whole_numbers_below")
+        # Defaults written out are fine: a run's recipe.yaml has every field.
+        fields = type(self).model_fields
+        given = [name for name in trained if getattr(self, name) != fields[name].default]
+        if (self.folder or self.rank_file) and given:
             raise ValueError(
-                f"{', '.join(sorted(given))}: has no effect on a finished tokenizer; remove it, or "
+                f"{', '.join(given)}: has no effect on a finished tokenizer; remove it, or "
                 "folder / rank_file"
             )
         return self
