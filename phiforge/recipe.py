@@ -210,7 +210,7 @@ def _adopted(where: str, block: dict[str, Any]) -> dict[str, Path]:
         if key not in BY_NAME:
             raise UsageError(unknown_name(where, ("adopt", str(key)), BY_NAME))
         if not isinstance(value, str | Path):
-            raise UsageError(f"{where}: adopt.{key} is {value!r}; it must be a folder")
+            raise UsageError(f"{where}: adopt.{key} is {value!r}, which is not a folder")
         adopt[key] = Path(value).expanduser()
         if not adopt[key].is_dir():
             raise UsageError(f"{where}: adopt.{key} is {value}, which is not a folder")

@@ -1,6 +1,6 @@
-"""YAML as people mean it: no key twice, 1e-3 is a number, `off` is a word.
+"""YAML as recipes are written: no key twice, 1e-3 is a number, `off` is a word.
 
-Call `read_yaml(path)` for a file that holds a mapping, `parse_value("1e-3")` for one value.
+Call `read_yaml(path)` for a recipe file, `parse_value("1e-3")` for one value.
 Writes nothing.
 """
 
@@ -50,7 +50,7 @@ _StrictLoader.add_constructor(yaml.resolver.BaseResolver.DEFAULT_MAPPING_TAG, _s
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file as a dictionary.
+    """A recipe file as a dictionary.
 
     Raises UsageError naming the file, and the line where there is one, for what is not UTF-8 text,
     not YAML, not a mapping, or has a key twice.
@@ -63,7 +63,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: not UTF-8 text: {error}") from None
     if not isinstance(value, dict):
         found = "nothing" if value is None else type(value).__name__
-        raise UsageError(f"{path}: expected a mapping of names to settings, found {found}")
+        raise UsageError(
+            f"{path}: a recipe is a mapping of stage names to settings, found {found}"
+        )
     return value
 
 
