@@ -277,15 +277,14 @@ def _exec_fields(out: StageDir) -> dict[str, Any]:
 
 @contextmanager
 def _compiled(model: Phi, on: bool) -> Iterator[None]:
-    """Compile each layer for the block: one graph serves all of them."""
+    """Run the decoder (all but the head, whose loss is chunked) compiled for the block."""
     if on:
-        for layer in model.layers:
-            layer.compile(dynamic=False)
+        model.hidden = torch.compile(model.hidden, dynamic=False)  # shadows the method
     try:
         yield
     finally:
-        for layer in model.layers:
-            layer._compiled_call_impl = None
+        if on:
+            del model.hidden
 
 
 @contextmanager

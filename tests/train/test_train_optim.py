@@ -151,10 +151,13 @@ def test_matrix_parameters_counts_the_head_once() -> None:
 
 
 def test_compile_is_decided_by_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
-    cpu = torch.device("cpu")
-    assert not choose_compile(Exec(), cpu, 1e12, fixed_shapes=True)[0]
-    assert not choose_compile(Exec(), cpu, 1e20, fixed_shapes=False)[0]
-    assert not choose_compile(Exec(compile="off"), cpu, 1e20, fixed_shapes=True)[0]
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert not choose_compile(Exec(), cpu, 1e20, fixed_shapes=True)[0]
+    assert not choose_compile(Exec(), cuda, 1e20, fixed_shapes=False)[0]
+    assert not choose_compile(Exec(), cuda, 1e12, fixed_shapes=True)[0]
+    assert not choose_compile(Exec(compile="off"), cuda, 1e20, fixed_shapes=True)[0]
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/g++")
+    assert choose_compile(Exec(), cuda, 1e20, fixed_shapes=True)[0]
     monkeypatch.setattr("shutil.which", lambda name: None)
     chosen, why = choose_compile(Exec(compile="on"), cpu, 1e20, fixed_shapes=True)
     assert not chosen
