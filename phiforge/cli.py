@@ -285,6 +285,8 @@ def main() -> None:
     try:
         # Without standalone mode an Exit comes back as its code.
         code = app(standalone_mode=False)
+        if code == 130:  # what typer makes of Ctrl-C
+            raise KeyboardInterrupt
     except (typer.Abort, KeyboardInterrupt):
         print("\nstopped; the same command goes on from here", file=sys.stderr)
         sys.exit(130)

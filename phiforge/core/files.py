@@ -1,12 +1,13 @@
 """Files that are there whole or not at all: atomic writes, hashes, fsync.
 
 Call `with atomic_path(path) as temporary: ...` or `write_json(path, value)`; `content_hash(path)`
-gives one SHA-256 for a file or a folder.
+gives one SHA-256 for a file or a folder; `with naming(path): ...` makes errors say where they are.
 """
 
 import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,12 +16,34 @@ from typing import Any
 
 
 @contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Put `path` into errors of the operating system that do not say which file they are about.
+
+    A full disk met while writing names no file, and in the libraries written in Rust (safetensors,
+    tokenizers) is no OSError: both leave as an OSError with a file name.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            raise OSError(error.errno, os.strerror(error.errno), str(path)) from error
+        raise
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if found is None or isinstance(error, ValueError | RuntimeError):
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+@contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary path beside `path`; move it into place when the block ends well."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        yield temporary
-        sync_file(temporary)
+        with naming(path):
+            yield temporary
+            sync_file(temporary)
         os.replace(temporary, path)
     finally:
         if temporary.is_dir():
@@ -28,6 +51,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         else:
             temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Delete the temporary files that writers killed in the middle left below `folder`."""
+    for file in folder.rglob(".*.tmp"):
+        if file.is_file():
+            file.unlink()
 
 
 def write_json(path: Path, value: Any) -> None:

@@ -14,6 +14,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TextIO
 
+from phiforge.core.files import atomic_path
+
 HEARTBEAT_SECONDS = 10.0
 
 
@@ -130,7 +132,8 @@ class MetricsLog:
                 continue  # a line cut by kill -9
             if row.get(key, limit) <= limit:
                 kept.append(line)
-        self.path.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+        with atomic_path(self.path) as temporary:
+            temporary.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
 
 
 @contextmanager

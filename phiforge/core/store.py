@@ -21,14 +21,22 @@ from typing import Any
 
 from phiforge.core.config import Exec
 from phiforge.core.environment import code_version, environment
-from phiforge.core.files import file_hash, sync_folder, write_json
+from phiforge.core.files import (
+    file_hash,
+    naming,
+    remove_leftovers,
+    sync_folder,
+    write_json,
+)
 from phiforge.core.progress import Bar, MetricsLog, progress
 
 Inputs = Mapping[str, Path]
 Metrics = dict[str, Any]
 MANIFEST = "manifest.json"
 # Written while a stage runs and full of times: kept, but no part of what the stage computed.
-_UNHASHED = {MANIFEST, "metrics.jsonl", "request.json"}
+_UNHASHED = {MANIFEST, "metrics.jsonl"}
+# What a running stage needs and a finished one does not: gone before the folder gets its name.
+_SCRATCH = {MANIFEST, "request.json", "state"}
 
 
 class StageDir:
@@ -175,14 +183,16 @@ class Run:
         partial = self._partial(request.stage)
         resumed = _read_request(partial) == request.payload()
         if partial.exists() and not resumed:
+            _say_why_dropped(partial, request)
             shutil.rmtree(partial)
         partial.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(partial)
         write_json(partial / "request.json", request.payload())
         out = StageDir(request.stage, partial, self.exec)
         earlier = _seconds_so_far(out.state)
         started = datetime.now(UTC)
         begin = time.monotonic()
-        with _count_seconds(out.state, earlier):
+        with _count_seconds(out.state, earlier), naming(partial):
             metrics = function(out)
         seconds = earlier + time.monotonic() - begin
         manifest = {
@@ -210,11 +220,11 @@ class Run:
         return manifest
 
     def _commit(self, stage: str, manifest: dict[str, Any]) -> None:
+        """Write the manifest, which says that the stage is whole; only then may its state go."""
         partial = self._partial(stage)
-        shutil.rmtree(partial / "state", ignore_errors=True)
-        (partial / "request.json").unlink(missing_ok=True)
-        files = sorted(p for p in partial.rglob("*") if p.is_file() and p.name != MANIFEST)
-        for file in files:
+        for file in sorted(p for p in partial.rglob("*") if p.is_file()):
+            if file.relative_to(partial).parts[0] in _SCRATCH:
+                continue
             # A file whose bytes are not on disk must not be named by a manifest that is.
             with open(file, "rb") as handle:
                 os.fsync(handle.fileno())
@@ -233,6 +243,9 @@ class Run:
         partial, final = self._partial(stage), self.folder(stage)
         previous = self.path / f"{stage}.previous"
         if (partial / MANIFEST).exists():
+            # Until the manifest was there, a kill or a full disk had to leave a stage to resume.
+            shutil.rmtree(partial / "state", ignore_errors=True)
+            (partial / "request.json").unlink(missing_ok=True)
             if final.exists():
                 if previous.exists():
                     shutil.rmtree(previous)
@@ -265,9 +278,10 @@ def open_run(path: str | Path, exec: Exec | None = None) -> Iterator[Run]:
             raise ValueError(
                 f"{path} is in use by {holder}; wait until it ends, or use another run name"
             ) from None
-        lock.truncate(0)
-        lock.write(f"process {os.getpid()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
-        lock.flush()
+        with naming(path / ".lock"):
+            lock.truncate(0)
+            lock.write(f"process {os.getpid()} since {datetime.now():%Y-%m-%d %H:%M:%S}")
+            lock.flush()
         yield Run(path, exec or Exec())
 
 
@@ -318,6 +332,17 @@ def output_hash(outputs: list[dict[str, Any]]) -> str:
         if row["path"] not in _UNHASHED:
             digest.update(f"{row['path']}\0{row['sha256']}\n".encode())
     return digest.hexdigest()
+
+
+def _say_why_dropped(partial: Path, request: Request) -> None:
+    """Unfinished work of other settings goes; the person who watches learns why."""
+    begun = _read_request(partial)
+    reasons = ["its request.json cannot be read"]
+    if begun is not None:
+        reasons = differences(begun, request.payload())
+    shown = "; ".join(reasons[:3]) + ("; …" if len(reasons) > 3 else "")
+    text = f"begun with other settings, so made from its beginning: {shown}"
+    print(f"{request.stage:<12} {text}", file=sys.stderr, flush=True)
 
 
 def _read_request(partial: Path) -> dict[str, Any] | None:
