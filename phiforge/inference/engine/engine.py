@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
@@ -186,6 +187,12 @@ class Engine:
         if self._fused is None or self._fused.stamp != stamp(self.model):
             self._fused = None
             self._fused = Fused(self.model, exact=self.mode == "exact")
+            if self.mode == "exact" and self._fused.device.type != "cpu":
+                warnings.warn(
+                    "mode 'exact' was measured on CPU kernels only; on this device a sample's last "
+                    "bits may depend on its batch",
+                    stacklevel=3,
+                )
         return self._fused
 
     def _checked_prompts(
