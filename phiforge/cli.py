@@ -9,6 +9,7 @@ import json
 import os
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -72,7 +73,8 @@ def run(
     _print_table(_stage_rows(folder), ("stage", "state", "clock", "facts"))
     if report.exists():
         print(f"\nreport: {report}")
-    print(f"chat:   phiforge chat {folder}")
+    if any(folder.glob("*/model/config.json")):
+        print(f"chat:   phiforge chat {folder}")
 
 
 @app.command(epilog="Example: `phiforge status runs/nano-s0`")
@@ -282,6 +284,7 @@ def _os_error(error: OSError) -> str:
 def main() -> None:
     """Run the command line; errors become one message and an exit code."""
     os.environ.setdefault("PYTHONUTF8", "1")
+    warnings.formatwarning = lambda message, *_, **__: f"note: {message}\n"
     try:
         # Without standalone mode an Exit comes back as its code.
         code = app(standalone_mode=False)

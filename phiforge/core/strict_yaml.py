@@ -33,7 +33,7 @@ _StrictLoader.add_implicit_resolver(
 )
 
 
-def _strict_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[str, Any]:
+def _strict_mapping(loader: _StrictLoader, node: yaml.MappingNode) -> dict[Any, Any]:
     seen: dict[str, int] = {}
     for key_node, _ in node.value:
         line = key_node.start_mark.line + 1
