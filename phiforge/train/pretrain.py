@@ -42,6 +42,9 @@ class ModelShape(BaseModel):
     num_kv_heads: int | None = Field(default=None, description="Key and value heads.")
     head_dim: int | None = Field(default=None, description="Dimensions of a head.")
     rope_theta: float | None = Field(default=None, description="RoPE base.")
+    initializer_range: float | None = Field(
+        default=None, gt=0, description="Standard deviation of new matrices."
+    )
     tie_word_embeddings: bool | None = Field(
         default=None, description="Whether the output matrix is the embedding."
     )

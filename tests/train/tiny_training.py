@@ -19,7 +19,7 @@ def tiny_config(**changes: object) -> PhiConfig:
         "num_kv_heads": 2,
         "max_position_embeddings": 64,
     }
-    return PhiConfig.preset("nano", **{**sizes, **changes})
+    return PhiConfig(**{**sizes, **changes})
 
 
 def tiny_model(seed: int = 0, **changes: object) -> Phi:
