@@ -271,8 +271,14 @@ def _os_error(error: OSError) -> str:
     if error.filename is None and error.strerror is None:
         return str(error)
     name = error.filename or "a file"
-    if error.errno == errno.ENOSPC:
-        return f"{name}: the disk is full. Free some space, then run the same command: it goes on."
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        full = "the disk is full" if error.errno == errno.ENOSPC else "the disk quota is used up"
+        return f"{name}: {full}. Free some space, then run the same command: it goes on."
+    if error.errno == errno.EFBIG:
+        return (
+            f"{name}: larger than this file system or `ulimit -f` allows. Raise the limit, then "
+            "run the same command: it goes on."
+        )
     if error.errno in (errno.EROFS, errno.EACCES, errno.EPERM):
         return (
             f"{name}: no permission ({error.strerror}). Check its permissions; --runs names "

@@ -18,7 +18,7 @@ import yaml
 from pydantic import ValidationError
 
 from phiforge.core.config import Exec, StageConfig
-from phiforge.core.files import content_hash
+from phiforge.core.files import atomic_path, content_hash
 from phiforge.core.progress import clock
 from phiforge.core.store import Inputs, Request, Run, StageDir, open_run, read_manifest
 from phiforge.core.strict_yaml import read_yaml
@@ -283,7 +283,8 @@ def run(
         stage_inputs(stage, checked, path)
     with open_run(path, checked.exec) as folder:
         text = yaml.safe_dump(checked.resolved, sort_keys=False, allow_unicode=True)
-        (path / "recipe.yaml").write_text(text, encoding="utf-8")
+        with atomic_path(path / "recipe.yaml") as file:
+            file.write_text(text, encoding="utf-8")
         _walk(folder, checked, rebuild, until)
     return path
 

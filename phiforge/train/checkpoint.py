@@ -53,6 +53,7 @@ def save(
         sync_folder(folder)
     except (OSError, CheckpointException) as error:
         shutil.rmtree(temporary, ignore_errors=True)
+        _pass_on_interrupt(error)
         raise TrainingError(
             f"cannot write checkpoint {final}: {_reason(error)}. Free disk space or make the "
             f"folder writable, then run again: it goes on from {describe_last(folder)}."
@@ -127,6 +128,7 @@ def _load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
             warnings.simplefilter("ignore")
             dcp.load(tensors, checkpoint_id=checkpoint, no_dist=True)
     except CheckpointException as error:
+        _pass_on_interrupt(error)
         raise ValueError(
             f"{checkpoint} does not fit this model: {_reason(error)}. It was written by another "
             f"configuration; delete {checkpoint.parent} to train from the beginning."
@@ -151,10 +153,27 @@ def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Te
     return tensors
 
 
-def _reason(error: BaseException) -> str:
-    """The first cause of a DCP error, which reports one failure per rank."""
+def _pass_on_interrupt(error: BaseException) -> None:
+    """Ctrl-C inside DCP comes back as a failure of a rank; to the person it is Ctrl-C."""
     failures: dict[int, Any] = getattr(error, "failures", {})
-    if failures:
-        causes = [failure[0] for failure in failures.values()]
-        return "; ".join(f"{type(cause).__name__}: {cause}" for cause in causes)
-    return f"{type(error).__name__}: {error}"
+    for cause, _ in failures.values():
+        if isinstance(cause, KeyboardInterrupt):
+            raise cause
+
+
+def _reason(error: BaseException) -> str:
+    """What went wrong in the words of the operating system, where it was the one to say no.
+
+    DCP reports one failure per rank, and torch's file writer hides a full disk behind an error of
+    its own ("unexpected pos"), whose context is the real one.
+    """
+    failures: dict[int, Any] = getattr(error, "failures", {})
+    causes = [failure[0] for failure in failures.values()] or [error]
+    reasons = []
+    for cause in causes:
+        link: BaseException | None = cause
+        while link is not None and not isinstance(link, OSError):
+            link = link.__cause__ or link.__context__
+        found = link or cause
+        reasons.append(getattr(found, "strerror", None) or f"{type(found).__name__}: {found}")
+    return "; ".join(dict.fromkeys(reasons))

@@ -1,11 +1,10 @@
 """Kills the ci recipe at ten random instants; every output must equal an undisturbed run's.
 
-Run: python tests/faults/kill_and_resume.py FOLDER [--kills 10] [--seed 0]
-Writes FOLDER/straight and FOLDER/killed; exits 1 when any output of any stage differs.
+Run: python tests/faults/kill_and_resume.py FOLDER [--kills 10] [--seed 0] [--recipe ci]
+Writes FOLDER/straight, FOLDER/killed-N and a log of each; exits 1 when any output differs.
 """
 
 import argparse
-import json
 import os
 import random
 import signal
@@ -14,53 +13,61 @@ import sys
 import time
 from pathlib import Path
 
-
-def command(folder: Path) -> list[str]:
-    return [sys.executable, "-m", "phiforge", "run", "ci", "--runs", str(folder)]
+from micro import output_hashes
 
 
-def straight_run(folder: Path) -> float:
+def start(folder: Path, recipe: str) -> subprocess.Popen:
+    """The run in a process group of its own; what it says is kept beside its folder."""
+    command = [sys.executable, "-m", "phiforge", "run", recipe, "--runs", str(folder)]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(folder.with_suffix(".log"), "ab") as log:
+        return subprocess.Popen(command, stdout=log, stderr=log, start_new_session=True)
+
+
+def finish(folder: Path, process: subprocess.Popen) -> None:
+    """Wait for the end; leave with the last lines of the log when the run failed."""
+    if process.wait() != 0:
+        lines = folder.with_suffix(".log").read_text(errors="replace").splitlines()
+        sys.exit(f"{folder}: the run failed with {process.returncode}:\n" + "\n".join(lines[-15:]))
+
+
+def straight_run(folder: Path, recipe: str) -> float:
     begin = time.monotonic()
-    subprocess.run(
-        command(folder), check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
+    finish(folder, start(folder, recipe))
     return time.monotonic() - begin
 
 
-def killed_run(folder: Path, kills: int, seconds: float, rng: random.Random) -> None:
-    """Start the same command again and again; kill -9 its whole process group each time."""
+def killed_run(folder: Path, recipe: str, kills: int, seconds: float, rng: random.Random) -> int:
+    """Kill -9 the whole process group up to `kills` times, then let it end; how many it took."""
     for number in range(1, kills + 1):
-        process = subprocess.Popen(
-            command(folder),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-        # Each attempt lives long enough to get somewhere and short enough to be killed often.
-        wait = rng.uniform(0.1, 0.35) * seconds
+        process = start(folder, recipe)
+        # Long enough to get somewhere, short enough that most runs take several kills.
+        wait = rng.uniform(0.05, 0.3) * seconds
         try:
             process.wait(wait)
-            print(f"the run ended before kill {number}", flush=True)
-            return
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        stages = sorted(p.name for p in (folder / "ci").iterdir() if p.is_dir())
-        print(f"kill {number:>2} after {wait:5.1f} s; folders: {' '.join(stages)}", flush=True)
-    subprocess.run(
-        command(folder), check=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+        else:
+            finish(folder, process)
+            return number - 1
+        partial = [p.name for p in folder.glob("*/*.partial")] or ["between two stages"]
+        print(f"{folder.name}: kill {number} after {wait:.1f} s in {' '.join(partial)}", flush=True)
+    finish(folder, start(folder, recipe))
+    return kills
+
+
+def compare(straight: Path, killed: Path) -> None:
+    """Exit when a file of any stage but the report differs, is missing or is one too many."""
+    (expected,), (found,) = (
+        [output_hashes(run) for run in f.iterdir()] for f in (straight, killed)
     )
-
-
-def output_hashes(run: Path) -> dict[str, str]:
-    found = {}
-    for manifest in sorted(run.glob("*/manifest.json")):
-        if manifest.parent.name == "report":  # shows clocks
-            continue
-        for row in json.loads(manifest.read_text())["outputs"]:
-            if row["path"] != "metrics.jsonl":  # holds clocks
-                found[f"{manifest.parent.name}/{row['path']}"] = row["sha256"]
-    return found
+    assert any(name.endswith(".safetensors") for name in expected), "no weights were written"
+    wrong = [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]
+    if wrong:
+        sys.exit(f"{killed}: differ after kills: " + ", ".join(wrong))
+    stages = {name.split("/")[0] for name in expected}
+    print(f"{killed.name}: {len(expected)} files of {len(stages)} stages are identical", flush=True)
 
 
 def main() -> None:
@@ -68,20 +75,18 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("--kills", type=int, default=10)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--recipe", default="ci")
     arguments = parser.parse_args()
-    seconds = straight_run(arguments.folder / "straight")
+    straight = arguments.folder / "straight"
+    seconds = straight_run(straight, arguments.recipe)
     print(f"undisturbed run: {seconds:.0f} s", flush=True)
-    killed = arguments.folder / "killed"
-    killed_run(killed, arguments.kills, seconds, random.Random(arguments.seed))
-    expected = output_hashes(arguments.folder / "straight" / "ci")
-    found = output_hashes(killed / "ci")
-    assert any(name.endswith(".safetensors") for name in expected), "no weights were written"
-    wrong = [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]
-    if wrong:
-        sys.exit("differ after kills: " + ", ".join(wrong))
-    print(
-        f"{len(expected)} files of {len({n.split('/')[0] for n in expected})} stages are identical"
-    )
+    rng = random.Random(arguments.seed)
+    left, number = arguments.kills, 0
+    while left > 0:
+        number += 1
+        killed = arguments.folder / f"killed-{number}"
+        left -= killed_run(killed, arguments.recipe, left, seconds, rng)
+        compare(straight, killed)
 
 
 if __name__ == "__main__":
