@@ -1,7 +1,8 @@
-"""Runs every `phiforge` command of README.md and docs/, on the ci recipe in place of nano.
+"""Runs every `phiforge` command and Python example of README.md and docs/, on ci in place of nano.
 
 Run: python tests/documented_commands.py RUNS_FOLDER (which may hold a finished ci run).
-Commands stand in ```sh blocks; each must exit with 0. `phiforge chat` gets one question.
+Commands stand in ```sh blocks, examples in ```python blocks; each must exit with 0. `phiforge chat`
+gets one question.
 """
 
 import re
@@ -15,9 +16,14 @@ ROOT = Path(__file__).parents[1]
 
 
 def commands() -> list[tuple[str, str]]:
+    """(page, command line or Python code), in the order of the pages."""
     found = []
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
-        for block in re.findall(r"^```sh\n(.*?)^```", page.read_text(), re.M | re.S):
+        blocks = re.findall(r"^```(sh|python)\n(.*?)^```", page.read_text(), re.M | re.S)
+        for language, block in blocks:
+            if language == "python":
+                found.append((page.name, block))
+                continue
             for line in block.replace("\\\n", " ").splitlines():
                 line = line.partition("  #")[0].strip()
                 if line.startswith("phiforge "):
@@ -41,15 +47,18 @@ def main() -> None:
             if line in done:
                 continue
             done.add(line)
+            example = "\n" in line
+            arguments = ["-c", line] if example else ["-m", *shlex.split(line)]
             process = subprocess.run(
-                [sys.executable, "-m", *shlex.split(line)],
+                [sys.executable, *arguments],
                 cwd=folder,
                 input="Who are you?\n",
                 capture_output=True,
                 text=True,
                 timeout=300,
             )
-            print(f"{page}: {line} → {process.returncode}", flush=True)
+            shown = "Python example" if example else line
+            print(f"{page}: {shown} → {process.returncode}", flush=True)
             if process.returncode != 0:
                 sys.exit(f"{process.stdout}\n{process.stderr}\n{page}: {written}")
     if not done:
