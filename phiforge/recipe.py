@@ -366,7 +366,8 @@ def run_stage(
     present = {key: folder / key for key in reads if (folder / key / "manifest.json").exists()}
     raw: dict[str, Any] = {"name": name, name: {}, "adopt": {**present, **(inputs or {})}}
     for key, value in (set or {}).items():
-        _override(raw, key if key.startswith("exec.") else f"{name}.{key}", value)
+        whole = key.startswith(("exec.", f"{name}."))
+        _override(raw, key if whole else f"{name}.{key}", value)
     recipe = resolve(raw, f"stage {name}")
     found = stage_inputs(stage, recipe, folder)
     function, _ = stage.load()

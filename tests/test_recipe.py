@@ -472,6 +472,8 @@ def test_one_stage_alone_runs_on_folders_of_its_own(tmp_path):
     # What lies in the run folder is taken from there; anything may come from elsewhere.
     set = {"vocab_size": 272, "whole_numbers_below": 1}
     inside = run_stage("tokenizer", tmp_path / "run", set=set)
+    spelled = {f"tokenizer.{key}": value for key, value in set.items()}
+    assert run_stage("tokenizer", tmp_path / "run", set=spelled) == inside
     outside = run_stage(
         "tokenizer", tmp_path / "other", inputs={"curate": tmp_path / "run" / "curate"}, set=set
     )

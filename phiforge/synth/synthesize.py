@@ -78,7 +78,7 @@ def run(config: SynthesizeConfig, inputs: Inputs, out: StageDir) -> Metrics:
         problems = list(problems_of(config, split))
         write_records(out.path / f"problems_{split}.jsonl", problems)
         metrics[f"problems_{split}"] = dict(Counter(p.metadata["variant"] for p in problems))
-    return metrics
+    return {"records": total, "test_problems": sum(metrics["problems_test"].values()), **metrics}
 
 
 def _counted(
