@@ -5,6 +5,7 @@ Writes FOLDER/straight, FOLDER/killed-N and a log of each; exits 1 when any outp
 """
 
 import argparse
+import json
 import os
 import random
 import signal
@@ -31,18 +32,29 @@ def finish(folder: Path, process: subprocess.Popen) -> None:
         sys.exit(f"{folder}: the run failed with {process.returncode}:\n" + "\n".join(lines[-15:]))
 
 
+def at_work(folder: Path, process: subprocess.Popen, started: float) -> None:
+    """Wait until imports are over: a run writes recipe.yaml before its first stage."""
+    while process.poll() is None:
+        if any(f.stat().st_mtime > started for f in folder.glob("*/recipe.yaml")):
+            return
+        time.sleep(0.01)
+
+
 def straight_run(folder: Path, recipe: str) -> float:
-    begin = time.monotonic()
+    """The seconds that the stages took together."""
     finish(folder, start(folder, recipe))
-    return time.monotonic() - begin
+    manifests = folder.glob("*/*/manifest.json")
+    return sum(json.loads(file.read_text())["seconds"] for file in manifests)
 
 
 def killed_run(folder: Path, recipe: str, kills: int, seconds: float, rng: random.Random) -> int:
     """Kill -9 the whole process group up to `kills` times, then let it end; how many it took."""
     for number in range(1, kills + 1):
+        started = time.time()
         process = start(folder, recipe)
-        # Long enough to get somewhere, short enough that most runs take several kills.
-        wait = rng.uniform(0.05, 0.3) * seconds
+        at_work(folder, process, started)
+        # Short enough that a run takes several kills; work since the last checkpoint comes again.
+        wait = rng.uniform(0.0, 0.35) * seconds
         try:
             process.wait(wait)
         except subprocess.TimeoutExpired:
@@ -52,16 +64,14 @@ def killed_run(folder: Path, recipe: str, kills: int, seconds: float, rng: rando
             finish(folder, process)
             return number - 1
         partial = [p.name for p in folder.glob("*/*.partial")] or ["between two stages"]
-        print(f"{folder.name}: kill {number} after {wait:.1f} s in {' '.join(partial)}", flush=True)
+        print(f"{folder.name}: kill {number} after {wait:.1f} s, {' '.join(partial)}", flush=True)
     finish(folder, start(folder, recipe))
     return kills
 
 
 def compare(straight: Path, killed: Path) -> None:
     """Exit when a file of any stage but the report differs, is missing or is one too many."""
-    (expected,), (found,) = (
-        [output_hashes(run) for run in f.iterdir()] for f in (straight, killed)
-    )
+    expected, found = (output_hashes(next(f.iterdir())) for f in (straight, killed))
     assert any(name.endswith(".safetensors") for name in expected), "no weights were written"
     wrong = [name for name in sorted({*expected, *found}) if expected.get(name) != found.get(name)]
     if wrong:
