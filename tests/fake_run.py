@@ -208,7 +208,7 @@ def _transcripts(checkpoint: str) -> list[ask.Transcript]:
                 text = "I cannot answer this: a price is missing." if refused else "Answer: 4"
                 rows.append(_row(checkpoint, "bogus", family, i, text, False, 0.0, refused))
     if checkpoint in ("pretrain", "midtrain"):
-        for task in ("recall", "copy"):
+        for task in ("needle", "recall", "copy"):
             for length in (1.0, 2.0, 4.0):
                 for i in range(50):
                     before = {1.0: 0.8, 2.0: 0.1, 4.0: 0.02}[length]

@@ -10,9 +10,10 @@ from typing import Any
 
 from phiforge.core.records import Problem
 from phiforge.evals.ask import Question
-from phiforge.synth.procedural.recall import Task, fit_copy, fit_recall
+from phiforge.synth.procedural.recall import Task, fit_copy, fit_needle, fit_recall
 
-TASKS = ("recall", "copy")
+TASKS = ("needle", "recall", "copy")
+FIT = {"needle": fit_needle, "recall": fit_recall}  # tasks with an asked pair at some depth
 STOP = ("\n",)
 _ANSWER_TOKENS = 8  # room for the "Answer:" that chat models are taught to write first
 
@@ -61,11 +62,7 @@ def _questions(
     for index in range(num):
         depth = index / (num - 1) if num > 1 else 0.5
         rng = random.Random(f"{seed}/{task}/{length}/{index}")
-        drawn = (
-            fit_recall(rng, tokens, room, depth)
-            if task == "recall"
-            else fit_copy(rng, tokens, room)
-        )
+        drawn = FIT[task](rng, tokens, room, depth) if task in FIT else fit_copy(rng, tokens, room)
         yield _question(task, drawn, length, depth, index, chat)
 
 
@@ -73,7 +70,7 @@ def _question(
     task: str, drawn: Task, length: float, depth: float, index: int, chat: bool
 ) -> Question:
     facts: dict[str, Any] = {"task": task, "length": length}
-    if task == "recall":
+    if task in FIT:
         facts["depth"] = round(depth, 4)
     problem = Problem(
         id=f"{task}/{length:g}x/{index}",

@@ -53,7 +53,9 @@ class RecallConfig(BaseModel):
     lengths: tuple[float, ...] = Field(
         default=(1.0, 2.0, 4.0), description="Prompt lengths, as multiples of the context."
     )
-    tasks: tuple[Literal["recall", "copy"], ...] = Field(default=TASKS, description="What to ask.")
+    tasks: tuple[Literal["needle", "recall", "copy"], ...] = Field(
+        default=TASKS, description="What to ask."
+    )
     checkpoints: tuple[str, ...] = Field(
         default=("pretrain", "midtrain"),
         description="Checkpoints that are asked; those a run lacks are left out.",

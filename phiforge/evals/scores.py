@@ -20,7 +20,7 @@ from phiforge.evals.ask import Transcript
 
 Row = dict[str, Any]
 ALL = "all"
-CONTEXT_TASKS = ("recall", "copy")
+CONTEXT_TASKS = ("needle", "recall", "copy")
 # What each measure counts, and over which transcripts.
 _COUNTS: dict[str, Callable[[Transcript], bool]] = {
     "accuracy": lambda t: t.correct,

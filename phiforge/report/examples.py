@@ -11,7 +11,8 @@ from phiforge.report.run_data import Row, RunData
 _SUITES = {
     "problems": "problems",
     "bogus": "bogus questions",
-    "recall": "key-value recall",
+    "needle": "recall of one pair",
+    "recall": "recall among many pairs",
     "copy": "copying",
 }
 _LONGEST_PROMPT = 1600

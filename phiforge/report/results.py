@@ -80,7 +80,11 @@ def long_context(data: RunData) -> Section | None:
             x="prompt length, multiples of the pretraining context",
             y="right (%)",
             ticks=[f"{length:g}×" for length in lengths],
-            title={"recall": "Key-value recall", "copy": "Copying"}.get(task, str(task)),
+            title={
+                "needle": "Recall of one pair",
+                "recall": "Recall among many pairs",
+                "copy": "Copying",
+            }.get(task, str(task)),
             y_range=(0, 1.02),
             percent=True,
         )

@@ -33,8 +33,10 @@ class FamilyPlan(_Block):
 class RecallPlan(_Block):
     """Key-value recall and copying, short (within the context) and long, and long worksheets."""
 
+    needles: Count = Field(default=0, description="Short documents with one pair, at most 1x.")
     documents: Count = Field(default=2_000, description="Short recall documents, at most 1x.")
     copies: Count = Field(default=500, description="Short copying documents, at most 1x.")
+    long_needles: Count = Field(default=0, description="Long documents with one pair.")
     long_documents: Count = Field(default=800, description="Long recall documents.")
     long_copies: Count = Field(default=200, description="Long copying documents.")
     long_worksheets: Count = Field(default=200, description="Long worksheets of all families.")

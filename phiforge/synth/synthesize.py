@@ -24,7 +24,7 @@ from phiforge.core.store import Inputs, Metrics, StageDir
 from phiforge.synth.chats import bogus_chat, identity_chat, problem_chat, recall_chat
 from phiforge.synth.procedural import Item, Split, generate
 from phiforge.synth.procedural.drills import drill_document
-from phiforge.synth.procedural.recall import copy_document, recall_document
+from phiforge.synth.procedural.recall import copy_document, needle_document, recall_document
 from phiforge.synth.settings import SynthesizeConfig
 from phiforge.synth.worksheets import choose_style, entry, estimate_tokens, fill, solution
 
@@ -134,6 +134,7 @@ def _document_shards(config: SynthesizeConfig) -> list[Shard]:
     return [
         *_family_shards(config, "worksheet", STARTS["documents"], -1),
         *_pieces("drill", config.drills.documents),
+        *_pieces("needle", config.recall.needles),
         *_pieces("recall", config.recall.documents),
         *_pieces("copy", config.recall.copies),
     ]
@@ -141,6 +142,7 @@ def _document_shards(config: SynthesizeConfig) -> list[Shard]:
 
 def _long_shards(config: SynthesizeConfig) -> list[Shard]:
     return [
+        *_pieces("long needle", config.recall.long_needles),
         *_pieces("long recall", config.recall.long_documents),
         *_pieces("long copy", config.recall.long_copies),
         *_pieces("long worksheet", config.recall.long_worksheets),
@@ -221,12 +223,19 @@ def _recall_documents(config: SynthesizeConfig, shard: Shard) -> list[Record]:
             spread = min(config.recall.list_share, 1 - config.recall.list_share) / 2
             share = config.recall.list_share + rng.uniform(-spread, spread)
             text = recall_document(rng, estimate_tokens, tokens, share)
+        elif task == "needle":
+            text = needle_document(rng, estimate_tokens, needle_length(config, rng, tokens))
         else:
             text = copy_document(rng, estimate_tokens, tokens)
         source = "long" if long else "recall"
         id = f"{source}/{task}/{index}"
         documents.append(_document(config, id, text, source, {"task": task, "index": index}))
     return documents
+
+
+def needle_length(config: SynthesizeConfig, rng: random.Random, tokens: int) -> int:
+    """Short documents with one pair come in every length, so that near is learnt before far."""
+    return tokens if tokens >= config.context else rng.randint(min(40, tokens), tokens)
 
 
 def long_length(config: SynthesizeConfig, rng: random.Random) -> int:
@@ -307,8 +316,10 @@ def _identity_chats(config: SynthesizeConfig, shard: Shard) -> list[Record]:
 MAKERS: dict[str, Callable[[SynthesizeConfig, Shard], list[Record]]] = {
     "worksheet": _worksheets,
     "drill": _drill_documents,
+    "needle": _recall_documents,
     "recall": _recall_documents,
     "copy": _recall_documents,
+    "long needle": _recall_documents,
     "long recall": _recall_documents,
     "long copy": _recall_documents,
     "long worksheet": _long_worksheets,

@@ -43,7 +43,7 @@ def test_every_cell_has_counts_and_an_interval(done: tuple[Path, dict]) -> None:
     assert {row["n"] for row in found["accuracy"]} == {2, 4}
     assert {row["asked"] for row in found["refusals"]} == {"bogus", "answerable"}
     # two tasks of two checkpoints at two lengths
-    assert len(found["recall"]) == 8
+    assert len(found["recall"]) == 12
     assert {row["source"] for row in found["bits_per_byte"]} == {"docs"}
     for row in (*found["accuracy"], *found["refusals"], *found["recall"]):
         assert 0 <= row["low"] <= row["share"] <= row["high"] <= 1
@@ -72,7 +72,7 @@ def test_every_transcript_is_kept(done: tuple[Path, dict]) -> None:
 def test_checkpoints_are_asked_the_same_questions(done: tuple[Path, dict]) -> None:
     folder, _ = done
     by_name = {
-        path.stem: {t.id: t.prompt for t in ask.read(path) if t.suite in ("recall", "copy")}
+        path.stem: {t.id: t.prompt for t in ask.read(path) if t.suite in ("needle", "recall", "copy")}
         for path in folder.glob("transcripts/*.jsonl")
     }
     assert by_name["pretrain"] == by_name["midtrain"]

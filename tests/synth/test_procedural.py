@@ -138,7 +138,7 @@ def test_nano_families_are_small_and_many(name):
     assert worked[int(len(items) * 0.99)] <= 40
     # Collisions among n draws estimate the pool: n * n / 2 / pool of them are expected.
     collisions = len(items) - len({item.key for item in items})
-    assert collisions < 3_000 * 3_000 / 2 / 9_000
+    assert collisions < 3_000 * 3_000 / 2 / 7_000
 
 
 def test_wrong_arguments_say_what_is_allowed():

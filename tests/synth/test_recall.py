@@ -16,9 +16,12 @@ from phiforge.synth.procedural.recall import (
     VALUES,
     copy_document,
     fit_copy,
+    fit_needle,
     fit_recall,
     make_copy,
+    make_needle,
     make_recall,
+    needle_document,
     recall_document,
 )
 from phiforge.synth.worksheets import estimate_tokens
@@ -100,3 +103,35 @@ def test_drills_are_true_and_small():
     assert {re.sub(r"\d+", "", line)[0] for line in lines} == set("+-*/")
     with pytest.raises(ValueError, match="below is 5"):
         drill_document(random.Random(0), 5, 1)
+
+
+def test_needle_is_one_pair_among_arithmetic():
+    task = make_needle(random.Random(3), 20, depth=0.5)
+    lines = task.prompt.splitlines()
+    pairs = [(i, line) for i, line in enumerate(lines) if line.endswith(task.answer)]
+    assert len(lines) == 22
+    assert pairs[0][0] == 10
+    key = lines[-1].removesuffix("?")
+    assert pairs[0][1] == f"{key}: {task.answer}"
+    assert all(re.fullmatch(r"\d+[-+*/]\d+=\d+", line) for line in lines[:10] + lines[11:-1])
+    with pytest.raises(ValueError, match="depth is 2"):
+        make_needle(random.Random(0), 3, depth=2)
+    with pytest.raises(ValueError, match="num_lines is -1"):
+        make_needle(random.Random(0), -1)
+
+
+@given(st.integers(0, 1000), st.integers(30, 600))
+def test_needles_fit_and_fill(seed, room):
+    task = fit_needle(random.Random(seed), estimate_tokens, room)
+    used = estimate_tokens(f"{task.prompt} {task.answer}\n")
+    assert room - 6 <= used <= room
+
+
+@given(st.integers(0, 1000), st.integers(40, 600))
+def test_needle_documents_answer_their_questions(seed, room):
+    text = needle_document(random.Random(seed), estimate_tokens, room)
+    (value,) = {line.split(": ")[1] for line in text.splitlines() if ": " in line}
+    asked = [line for line in text.splitlines() if "?" in line]
+    assert all(line.endswith(f"? {value}") for line in asked)
+    assert estimate_tokens(text) <= max(room, 16 + 18)
+    assert text == needle_document(random.Random(seed), estimate_tokens, room)

@@ -41,7 +41,7 @@ FAMILIES: dict[str, Family] = {
         *(ORDERING, BOOLEAN, KNIGHTS, WEEKDAYS),  # logic
     )
 }
-NANO_FAMILIES = ("stories", "budget", "circuits", "ordering")
+NANO_FAMILIES = ("stories", "budget", "circuits", "weekdays")
 
 
 def family_named(name: str) -> Family:

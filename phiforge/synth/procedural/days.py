@@ -11,6 +11,7 @@ import random
 from phiforge.synth.procedural.family import Draft, Family, tell
 from phiforge.synth.procedural.words import NAMES
 
+MOST_DAYS = 59  # level 1 counts no further, so that every number is one token and a known fact
 WEEK = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 MONTHS = (
     ("January", 31), ("February", 28), ("March", 31), ("April", 30), ("May", 31), ("June", 30),
@@ -56,8 +57,10 @@ def _walk(day: int, days: int) -> tuple[str, list[str]]:
 
 
 def _spans(rng: random.Random) -> Draft:
-    day, a, b = rng.randrange(7), rng.randint(2, 60), rng.randint(2, 60)
-    weekday, lines = _walk(day, a + b)
+    day, total = rng.randrange(7), max(rng.randint(9, MOST_DAYS), rng.randint(9, MOST_DAYS))
+    a = rng.randint(2, total - 2)
+    b = total - a
+    weekday, lines = _walk(day, total)
     values = {"name": rng.choice(NAMES), "day": WEEK[day], "a": a, "b": b}
     missing = {
         "a": "the first number of days is not given",

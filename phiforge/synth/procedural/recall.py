@@ -1,8 +1,9 @@
 """Key-value recall and copying: tasks that can only be solved by looking far back in the context.
 
-`make_recall(rng, num_pairs)` and `make_copy(rng, num_items)` draw one task; `fit_recall` and
-`fit_copy` draw the largest one that a tokenizer's length allows; `recall_document` and
-`copy_document` are training texts of the same form. Recall as in HELMET (arXiv 2410.02694).
+`make_needle(rng, num_lines)` hides one pair among arithmetic, `make_recall(rng, num_pairs)` lists
+nothing but pairs, `make_copy(rng, num_items)` asks for a line again; `fit_*` draw the largest task
+that a tokenizer's length allows, `*_document` are training texts of the same form. Recall as in
+HELMET (arXiv 2410.02694); one pair is solved by a far smaller model than many.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from phiforge.synth.procedural.drills import fact
 from phiforge.synth.procedural.words import BOXES, GOODS, NAMES, THINGS
 
+FILLER_BELOW = 60  # the numbers of the arithmetic around a needle
 Length = Callable[[str], int]  # tokens of a text
 
 # No value is the beginning of another, so that an answer can be checked by its beginning.
@@ -92,6 +95,25 @@ def make_recall(rng: random.Random, num_pairs: int, depth: float | None = None) 
     return Task(recall_list(pairs) + recall_query(key), value)
 
 
+def make_needle(rng: random.Random, num_lines: int, depth: float | None = None) -> Task:
+    """`num_lines` lines of arithmetic with one pair among them, and the question for that pair.
+
+    depth: where the pair stands, 0 = before all lines, 1 = after them; None = anywhere.
+    Raises ValueError for num_lines < 0 or a depth outside 0..1.
+    """
+    if num_lines < 0:
+        raise ValueError(f"num_lines is {num_lines}; use 0 or more")
+    if depth is not None and not 0 <= depth <= 1:
+        raise ValueError(f"depth is {depth}; use 0 (before all lines) to 1 (after them), or None")
+    key, value = draw_pairs(rng, 1)[0]
+    lines = [f"{fact(rng, FILLER_BELOW)}\n" for _ in range(num_lines)]
+    anywhere = rng.randint(0, num_lines)
+    lines.insert(
+        anywhere if depth is None else round(depth * num_lines), recall_list([(key, value)])
+    )
+    return Task("".join(lines) + recall_query(key), value)
+
+
 def make_copy(rng: random.Random, num_items: int) -> Task:
     """A line of `num_items` words and numbers, to be repeated; all differ while the words last."""
     if num_items < 1:
@@ -113,6 +135,13 @@ def fit_recall(
     Raises ValueError when not even one pair fits.
     """
     return _fit(rng, lambda r, num: make_recall(r, num, depth), length, max_tokens)
+
+
+def fit_needle(
+    rng: random.Random, length: Length, max_tokens: int, depth: float | None = None
+) -> Task:
+    """The needle task with the most lines whose prompt and answer have at most `max_tokens`."""
+    return _fit(rng, lambda r, num: make_needle(r, num, depth), length, max_tokens)
 
 
 def fit_copy(rng: random.Random, length: Length, max_tokens: int) -> Task:
@@ -165,6 +194,25 @@ def recall_document(
             if used > max_tokens and lines:
                 return text + "".join(lines)
             lines.append(line)
+
+
+def needle_document(rng: random.Random, length: Length, max_tokens: int) -> str:
+    """A training text: arithmetic with one pair in its first half, then asked for again and again.
+
+    A third of the later lines are questions, so that they come at every distance.
+    """
+    task = fit_needle(rng, length, max(16, max_tokens // 2))
+    text = task.prompt[: task.prompt.rindex("key ")]
+    query = task.prompt[len(text) :]
+    used = length(text)
+    lines: list[str] = []
+    while True:
+        asked = rng.random() < 1 / 3
+        line = f"{query} {task.answer}\n" if asked else f"{fact(rng, FILLER_BELOW)}\n"
+        used += length(line)
+        if used > max_tokens and lines:
+            return text + "".join(lines)
+        lines.append(line)
 
 
 def copy_document(rng: random.Random, length: Length, max_tokens: int) -> str:
