@@ -4,6 +4,7 @@ Run: python tests/faults/forks.py, then one JSON request per line on standard in
 {"arguments": [...], "inject": [[name, {...}], ...]}; each gives {"code", "out", "error"}.
 """
 
+import io
 import json
 import os
 import signal
@@ -11,8 +12,14 @@ import sys
 import tempfile
 import traceback
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+
+# What the stages import only when they get there; pandas where pyarrow would find it.
+LAZY = ["matplotlib.figure", "matplotlib.backends.backend_svg", "phiforge.inference.engine"]
+LAZY += ["pyarrow.dataset", "pyarrow.compute", "torch._dynamo", "phiforge.recipe"]
+LAZY += ["pandas"] if find_spec("pandas") else []
 
 Injections = list[tuple[str, dict[str, Any]]]
 
@@ -23,8 +30,12 @@ def import_everything() -> None:
 
     for stage in STAGES:
         stage.load()
-    for name in ("matplotlib.pyplot", "pyarrow.parquet", "phiforge.inference.engine"):
+    for name in LAZY:
         import_module(name)
+    # The first figure of a process reads the fonts.
+    figure = sys.modules["matplotlib.figure"].Figure()
+    figure.add_subplot().set_title("")
+    figure.savefig(io.BytesIO(), format="svg")
 
 
 def run_fork(arguments: list[str], inject: Injections) -> dict[str, Any]:

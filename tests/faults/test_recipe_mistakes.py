@@ -3,6 +3,7 @@
 Whatever a value is replaced by, loading gives a ValueError or a recipe, never another exception.
 """
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -44,7 +45,16 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("change", MISTAKES)
-def test_a_mistake_is_named_with_its_full_path(forks: Forks, recipe: Path, tmp_path, change: str):
+def test_a_mistake_is_named_with_its_full_path(recipe: Path, change: str):
+    key, _, value = change.partition("=")
+    with pytest.raises(ValueError, match=re.escape(MISTAKES[change])):
+        load_recipe(recipe, {key: yaml.safe_load(value)})
+
+
+@pytest.mark.parametrize("change", list(MISTAKES)[1:12:5])
+def test_a_mistake_ends_the_command_before_anything_starts(
+    forks: Forks, recipe: Path, tmp_path: Path, change: str
+):
     result = forks.phiforge("run", recipe, "--runs", tmp_path, "--set", change)
     assert result.code == 2, result
     assert result.error.startswith("error: ")
@@ -129,13 +139,13 @@ def test_any_value_of_another_type_is_refused_or_read(recipe: Path):
     raw = yaml.safe_load(recipe.read_text())
     refused = 0
     for path in _leaves(raw):
-        for new in ("text", -1, 2.5, True, None, [], [None], {}, {"a": {"b": 1}}):
+        for new in ("text", -1, None, [None], {"a": {"b": 1}}):
             message = _refusal(_changed(raw, path, new))
             if message is not None:
                 refused += 1
                 assert message.startswith("micro.yaml: "), (path, new, message)
                 assert str(path[0]) in message, (path, new, message)
-    assert refused > 300
+    assert refused > 200
 
 
 def _refusal(raw: dict[str, Any]) -> str | None:
