@@ -3,6 +3,7 @@
 What was made before is kept; the end is bit-identical to an undisturbed run.
 """
 
+import errno
 import json
 import os
 import re
@@ -15,6 +16,9 @@ from pathlib import Path
 import pytest
 from conftest import Undisturbed
 from micro import HERE, Forks, Result, output_hashes
+
+from phiforge.core import store
+from phiforge.core.files import write_json
 
 
 def can_mount() -> bool:
@@ -68,6 +72,34 @@ def test_files_that_may_not_grow_stop_the_run_with_their_name(
     if kilobytes in (8, 40):
         assert run().code == 0
         assert output_hashes(tmp_path / "micro") == undisturbed.hashes
+
+
+def test_a_disk_that_fills_while_the_manifest_is_written_keeps_the_state(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Hours of training may lie in the state: it goes only when the stage is whole."""
+
+    def work(out: store.StageDir) -> dict[str, bool]:
+        resumed = (out.state / "checkpoint").exists()
+        (out.state / "checkpoint").write_text("hours of work")
+        (out.path / "model").write_text("weights")
+        return {"resumed": resumed}
+
+    def full(path: Path, value: object) -> None:
+        if path.name == store.MANIFEST:
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        write_json(path, value)
+
+    request = store.Request("train", 1, {})
+    with store.open_run(tmp_path) as run:
+        with monkeypatch.context() as patch:
+            patch.setattr(store, "write_json", full)
+            with pytest.raises(OSError, match="No space left"):
+                run.stage(request, work, {})
+        manifest = run.stage(request, work, {})
+    assert manifest["metrics"] == {"resumed": True}
+    assert [row["path"] for row in manifest["outputs"]] == ["model"]
+    assert sorted(p.name for p in (tmp_path / "train").iterdir()) == ["manifest.json", "model"]
 
 
 def test_a_read_only_run_folder_is_named(
