@@ -5,6 +5,7 @@ this process alone. Prints one JSON object: {"stops": [message, ...], "hashes": 
 """
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -12,29 +13,29 @@ from pathlib import Path
 from forks import import_everything, run_fork
 from micro import output_hashes
 
-START_KIB, GROWTH, MOST_KIB = 48, 1.25, 64 * 1024
+START_KIB, GROWTH, DISK_KIB = 48, 1.25, 16 * 1024
 
 
 def main(disk: Path, recipe: Path) -> None:
     import_everything()
-    size = START_KIB
-    _mount("-t", "tmpfs", "-o", f"size={size}k", "none", str(disk))
+    free = START_KIB
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={DISK_KIB}k", "none", str(disk)]
+    subprocess.run(mount, check=True)
+    # A file takes the rest of the disk and gives it back bit by bit.
+    ballast = disk / "ballast"
+    ballast.write_bytes(bytes(1024 * (DISK_KIB - free)))
     arguments = ["run", str(recipe), "--runs", str(disk)]
     stops = []
     while True:
         result = run_fork(arguments, [("judge_by_length", {})])
         if result["code"] == 0:
             break
-        stops.append({"code": result["code"], "error": result["error"].strip(), "kib": size})
-        size = int(size * GROWTH)
-        if size > MOST_KIB or len(stops) > 60:
+        stops.append({"code": result["code"], "error": result["error"].strip(), "kib": free})
+        free = int(free * GROWTH)
+        if free > DISK_KIB:
             break
-        _mount("-o", f"remount,size={size}k", str(disk))
+        os.truncate(ballast, 1024 * (DISK_KIB - free))
     print(json.dumps({"stops": stops, "hashes": output_hashes(disk / "micro")}))
-
-
-def _mount(*arguments: str) -> None:
-    subprocess.run(["mount", *arguments], check=True)
 
 
 if __name__ == "__main__":
