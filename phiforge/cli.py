@@ -167,6 +167,27 @@ def report(folder: Annotated[Path, typer.Argument(help="A run folder.")]) -> Non
     print(build(folder))
 
 
+@app.command(epilog="Example: `phiforge compare runs/nano-s0 runs/nano-s1 --markdown`")
+def compare(
+    folders: Annotated[list[Path], typer.Argument(help="Run folders with a finished evaluate.")],
+    markdown: Annotated[bool, typer.Option(help="Print a Markdown table.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Put the headline figures of several runs side by side, with n and 95% intervals."""
+    from phiforge.compare import compare as compare_runs
+
+    rows = compare_runs(folders)
+    if json_output:
+        _print_json(rows)
+    elif markdown:
+        print("| " + " | ".join(rows[0]) + " |")
+        print("|" + "---|" * len(rows[0]))
+        for row in rows:
+            print("| " + " | ".join(row.values()) + " |")
+    else:
+        _print_table(rows, tuple(rows[0]))
+
+
 @app.command(epilog="Example: `phiforge chat runs/nano-s0`")
 def chat(
     model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a hub name.")],

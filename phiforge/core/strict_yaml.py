@@ -63,9 +63,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
         raise UsageError(f"{path}: not UTF-8 text: {error}") from None
     if not isinstance(value, dict):
         found = "nothing" if value is None else type(value).__name__
-        raise UsageError(
-            f"{path}: a recipe is a mapping of stage names to settings, found {found}"
-        )
+        raise UsageError(f"{path}: a recipe is a mapping of stage names to settings, found {found}")
     return value
 
 

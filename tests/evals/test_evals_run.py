@@ -72,7 +72,9 @@ def test_every_transcript_is_kept(done: tuple[Path, dict]) -> None:
 def test_checkpoints_are_asked_the_same_questions(done: tuple[Path, dict]) -> None:
     folder, _ = done
     by_name = {
-        path.stem: {t.id: t.prompt for t in ask.read(path) if t.suite in ("needle", "recall", "copy")}
+        path.stem: {
+            t.id: t.prompt for t in ask.read(path) if t.suite in ("needle", "recall", "copy")
+        }
         for path in folder.glob("transcripts/*.jsonl")
     }
     assert by_name["pretrain"] == by_name["midtrain"]

@@ -197,17 +197,18 @@ def recall_document(
 
 
 def needle_document(rng: random.Random, length: Length, max_tokens: int) -> str:
-    """A training text: arithmetic with one pair in its first half, then asked for again and again.
+    """A training text: arithmetic with one pair somewhere, then asked for again and again.
 
-    A third of the later lines are questions, so that they come at every distance.
+    The questions begin anywhere and take every other line, so that both the pair's place and its
+    distance from a question take every value.
     """
-    task = fit_needle(rng, length, max(16, max_tokens // 2))
+    task = fit_needle(rng, length, max(24, int(max_tokens * rng.uniform(0.1, 0.9))))
     text = task.prompt[: task.prompt.rindex("key ")]
     query = task.prompt[len(text) :]
     used = length(text)
     lines: list[str] = []
     while True:
-        asked = rng.random() < 1 / 3
+        asked = rng.random() < 1 / 2
         line = f"{query} {task.answer}\n" if asked else f"{fact(rng, FILLER_BELOW)}\n"
         used += length(line)
         if used > max_tokens and lines:
