@@ -16,7 +16,18 @@ from phiforge import __version__, cli
 from phiforge.core.store import Request, Run, open_run
 from phiforge.recipe import load_recipe
 
-COMMANDS = ("run", "status", "explain", "stages", "stage", "report", "chat", "doctor", "init")
+COMMANDS = (
+    "run",
+    "status",
+    "explain",
+    "stages",
+    "stage",
+    "report",
+    "compare",
+    "chat",
+    "doctor",
+    "init",
+)
 
 
 class Result(NamedTuple):
