@@ -100,7 +100,8 @@ def _recall_items(data: RunData) -> list[Item]:
         return []
     before = f", before {_percent(found['pretrain'])}" if "pretrain" in found else ""
     note = f"after midtraining{before}, n = {found['midtrain']['n']}"
-    return [(f"Recall at {longest:g}× context", _percent(found["midtrain"]), note)]
+    what = "Recall of one pair" if task == "needle" else "Recall"
+    return [(f"{what} at {longest:g}× context", _percent(found["midtrain"]), note)]
 
 
 def _refusal_items(data: RunData) -> list[Item]:
