@@ -38,7 +38,7 @@ def test_a_whole_run_shows_every_section(page: str) -> None:
     assert titles(page) == TITLES
     tree = lxml_html.document_fromstring(page)
     heads = tree.xpath("//dl[@class='headline']//dt/text()")
-    assert heads == ["Problems solved", "Pivotal-token DPO", "Recall at 4× context",
+    assert heads == ["Problems solved", "Pivotal-token DPO", "Recall of one pair at 4× context",
                      "Bogus questions refused", "Whole run"]  # fmt: skip
     assert "phiforge run recipe.yaml" in tree.text_content()
     assert "sft → dpo-pivotal" in page
