@@ -87,3 +87,12 @@ def test_metrics_log_rewinds_past_a_cut_line(tmp_path):
     assert [line[:10] for line in log.path.read_text().splitlines()] == [
         '{"step": 0', '{"step": 1', '{"step": 2',
     ]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_ray_gives_the_same_results_in_the_same_order():
+    ray = pytest.importorskip("ray")
+    try:
+        assert list(map_shards(square, range(20), 2, engine="ray")) == [x * x for x in range(20)]
+    finally:
+        ray.shutdown()
