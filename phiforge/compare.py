@@ -11,6 +11,7 @@ from typing import Any
 
 from phiforge.core.progress import clock
 from phiforge.core.store import read_manifest
+from phiforge.core.usage import UsageError
 from phiforge.stages import STAGES
 
 Row = dict[str, Any]
@@ -20,12 +21,12 @@ Scores = dict[str, list[Row]]
 def compare(folders: Sequence[str | Path]) -> list[dict[str, str]]:
     """One row per figure: {"figure": name, RUN: value, ...} with a column per run.
 
-    Raises ValueError for a folder without a finished evaluate stage.
+    Raises UsageError for a folder that is missing or has no finished evaluate stage.
     """
     runs = [Path(folder) for folder in folders]
     names = [run.name for run in runs]
     if repeated := {name for name in names if names.count(name) > 1}:
-        raise ValueError(f"two of the runs are named {sorted(repeated)[0]}; names must differ")
+        raise UsageError(f"two of the runs are named {sorted(repeated)[0]}; names must differ")
     columns = [_figures(run) for run in runs]
     order = list(dict.fromkeys(key for column in columns for key in column))
     return [
@@ -35,9 +36,11 @@ def compare(folders: Sequence[str | Path]) -> list[dict[str, str]]:
 
 
 def _figures(run: Path) -> dict[str, str]:
+    if not run.is_dir():
+        raise UsageError(f"{run}: no such run folder; check the path")
     manifest = read_manifest(run / "evaluate")
     if manifest is None:
-        raise ValueError(f"{run}: stage evaluate is not finished; run the recipe to its end")
+        raise UsageError(f"{run}: stage evaluate is not finished; run the recipe to its end")
     scores: Scores = json.loads((run / "evaluate" / "scores.json").read_text(encoding="utf-8"))
     return {
         "clock, all stages": _clock(run),

@@ -6,6 +6,7 @@ import pytest
 from fake_run import make_run
 
 from phiforge.compare import compare
+from phiforge.core.usage import UsageError
 
 
 def test_figures_of_two_runs_stand_side_by_side(tmp_path):
@@ -31,7 +32,9 @@ def test_figures_of_two_runs_stand_side_by_side(tmp_path):
 
 def test_unfinished_and_equally_named_runs_are_refused(tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="evaluate is not finished"):
+    with pytest.raises(UsageError, match="evaluate is not finished"):
         compare([tmp_path / "empty"])
-    with pytest.raises(ValueError, match="names must differ"):
+    with pytest.raises(UsageError, match="no such run folder"):
+        compare([tmp_path / "none"])
+    with pytest.raises(UsageError, match="names must differ"):
         compare([tmp_path / "a" / "x", tmp_path / "b" / "x"])
