@@ -14,6 +14,9 @@ FinishReason = Literal["stop", "length", "cancelled"]
 Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids, chat messages
 Progress = Callable[[int], object]
+# Asked before every draw with the tokens drawn so far (forced ones included): which tokens may
+# come next, as a bool array [vocabulary], or None for all of them.
+TokenMask = Callable[[Sequence[int]], Any]
 
 
 @dataclass(frozen=True)
@@ -64,6 +67,7 @@ class Request:
     """One answer to stream: a prompt, the settings of `Sampling`, and which sample it is.
 
     Sample `index` under `seed` is the one `generate(..., seed=seed, first_index=index)` returns.
+    `forced` are token ids the answer begins with: given, not drawn, and part of `max_tokens`.
     """
 
     prompt: Prompt
@@ -76,6 +80,8 @@ class Request:
     logprobs: bool = False
     seed: int = 0
     index: int = 0
+    forced: Sequence[int] = ()
+    mask: TokenMask | None = None
 
     @property
     def sampling(self) -> Sampling:
