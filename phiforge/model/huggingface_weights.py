@@ -1,8 +1,8 @@
 """Safetensors files <-> the decoder's parameters, tensor by tensor, in the phi3 or llama layout.
 
-`read_weights(folder, config, dtype, device)` yields (parameter name, tensor); `write_weights(model,
-folder, layout, dtype)` writes `model.safetensors`, or shards and their index. Bytes are determined
-by the weights alone.
+`read_weights(folder, shapes, config, dtype, device)` yields (parameter name, tensor);
+`locate_parameters` says where each one lies, to be read by rows. `write_weights(model, folder,
+layout, dtype)` writes `model.safetensors`, or shards and their index, the same bytes every time.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -62,21 +63,36 @@ def tensor_names(config: PhiConfig, layout: str) -> dict[str, tuple[str, ...]]:
     return names
 
 
-def read_weights(
-    folder: Path,
-    shapes: dict[str, torch.Size],
-    config: PhiConfig,
-    dtype: torch.dtype,
-    device: torch.device,
-) -> Iterator[tuple[str, Tensor]]:
-    """Yields each parameter once, holding one tensor of the file at a time.
+@dataclass(frozen=True)
+class StoredRows:
+    """Where a parameter lies: rows `first` .. `first + num_rows - 1` of a tensor of a file."""
+
+    path: Path
+    name: str
+    first: int
+    num_rows: int
+
+    def read(self, first: int = 0, last: int | None = None) -> Tensor:
+        """The parameter's rows `first` .. `last - 1`, as stored; the file is closed again."""
+        last = self.num_rows if last is None else last
+        with _open(self.path) as file:
+            try:
+                return file.get_slice(self.name)[self.first + first : self.first + last]
+            except (SafetensorError, RuntimeError) as error:
+                raise _damaged(self.path, error) from error
+
+
+def locate_parameters(
+    folder: Path, shapes: dict[str, torch.Size], config: PhiConfig
+) -> dict[str, StoredRows]:
+    """Every parameter's place, in file order; only the files' headers are read.
 
     `shapes` are the decoder's parameters. Either layout, or a mixture, is read. Raises
     FileNotFoundError for a missing file, ValueError for a damaged one, an unknown or missing
     tensor, or a shape that `config` does not give.
     """
     known = tensor_names(config, "phi3") | tensor_names(config, "llama")
-    seen: set[str] = set()
+    found: dict[str, StoredRows] = {}
     for path in _weight_files(folder):
         with _open(path) as file:
             for name in file.keys():  # noqa: SIM118 - safe_open is no mapping
@@ -86,18 +102,29 @@ def read_weights(
                 _check_shape(file, name, parameters, shapes, path)
                 first = 0
                 for parameter in parameters:
-                    last = first + shapes[parameter][0]
-                    values = _read_rows(file, name, first, last, path)
-                    seen.add(parameter)
-                    yield parameter, values.to(device=device, dtype=dtype)
-                    first = last
-    missing = [name for name in shapes if name not in seen]
+                    num_rows = shapes[parameter][0]
+                    found[parameter] = StoredRows(path, name, first, num_rows)
+                    first += num_rows
+    missing = [name for name in shapes if name not in found]
     if missing:
         theirs = next(file_name for file_name, ours in known.items() if missing[0] in ours)
         raise ValueError(
             f"{folder}: {len(missing)} of {len(shapes)} parameters are in no file, the first is "
             f"{theirs!r}; copy the missing .safetensors files, or correct config.json"
         )
+    return found
+
+
+def read_weights(
+    folder: Path,
+    shapes: dict[str, torch.Size],
+    config: PhiConfig,
+    dtype: torch.dtype,
+    device: torch.device,
+) -> Iterator[tuple[str, Tensor]]:
+    """Yields each parameter once, holding one at a time; errors as in `locate_parameters`."""
+    for parameter, rows in locate_parameters(folder, shapes, config).items():
+        yield parameter, rows.read().to(device=device, dtype=dtype)
 
 
 def write_weights(
@@ -180,13 +207,6 @@ def _open(path: Path) -> Any:
     try:
         return safe_open(path, framework="pt", device="cpu")
     except (SafetensorError, OSError) as error:
-        raise _damaged(path, error) from error
-
-
-def _read_rows(file: Any, name: str, first: int, last: int, path: Path) -> Tensor:
-    try:
-        return file.get_slice(name)[first:last]
-    except (SafetensorError, RuntimeError) as error:
         raise _damaged(path, error) from error
 
 

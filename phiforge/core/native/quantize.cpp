@@ -1,4 +1,5 @@
-// Packs a matrix into int4: groups of 32 inputs, one bf16 scale each, of least squared error.
+// Packs a matrix into int4: groups of 32 inputs, one bf16 scale each, the one of least squared error
+// among a few: the group's largest value times each factor.
 // Called by phiforge/model/quantize.py, whose torch code gives the same bits: every sum has one
 // order (pairs 16, 8, 4, 2, 1 apart) and no product is fused with an addition.
 
@@ -94,7 +95,7 @@ inline uint16_t best_scale(const Group& w, const float* factors, int num_factors
     const float high = largest(most(w.first, w.second));
     const float low = -largest(most(-w.first, -w.second));
     const float extreme = high > -low ? high : low;
-    uint16_t best = 0;
+    uint16_t best = to_bf16(extreme * factors[0]);
     float least_error = INFINITY;
     for (int f = 0; f < num_factors; ++f) {
         const uint16_t scale = to_bf16(extreme * factors[f]);
@@ -134,6 +135,18 @@ inline Group load(const void* row, bool is_bf16, int64_t first, int64_t count) {
 }
 
 }  // namespace
+
+extern "C" const char* phiforge_simd() {
+#if defined(__AVX512F__)
+    return "avx512";
+#elif defined(__AVX2__)
+    return "avx2";
+#elif defined(__ARM_NEON)
+    return "neon";
+#else
+    return "generic";
+#endif
+}
 
 // weight [n, k] contiguous, bf16 or fp32 -> packed [n, 16 g] and scale (bf16) [n, g].
 extern "C" void quantize_int4(
