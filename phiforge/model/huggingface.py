@@ -45,7 +45,7 @@ def load(
     """
     from phiforge.model.tokenizer import Tokenizer
 
-    path = _resolve(folder)
+    path = resolve_folder(folder)
     tokenizer = Tokenizer.load(path)
     config = read_config(path)
     _check_vocabulary(config, tokenizer)
@@ -56,13 +56,13 @@ def load_model(
     folder: str | Path, dtype: str | torch.dtype = "float32", device: str | torch.device = "cpu"
 ) -> Phi:
     """The model alone; errors as in `load`. Memory: the model in `dtype`, and one tensor."""
-    path = _resolve(folder)
+    path = resolve_folder(folder)
     return _load_weights(path, read_config(path), dtype, device)
 
 
 def load_config(folder: str | Path) -> PhiConfig:
     """The configuration alone: of a folder, or of a Hub name."""
-    return read_config(_resolve(folder))
+    return read_config(resolve_folder(folder))
 
 
 def save(
@@ -112,8 +112,11 @@ def _load_weights(
     return model
 
 
-def _resolve(folder: str | Path) -> Path:
-    """The local folder, downloading a Hub name with `huggingface_hub` where that is meant."""
+def resolve_folder(folder: str | Path) -> Path:
+    """The local folder, downloading a Hub name with `huggingface_hub` where that is meant.
+
+    Raises FileNotFoundError or ValueError naming the folder and the remedy.
+    """
     path = Path(folder)
     if path.is_dir():
         return path

@@ -65,12 +65,16 @@ def tensor_names(config: PhiConfig, layout: str) -> dict[str, tuple[str, ...]]:
 
 @dataclass(frozen=True)
 class StoredRows:
-    """Where a parameter lies: rows `first` .. `first + num_rows - 1` of a tensor of a file."""
+    """Where a parameter lies: rows `first` .. `first + num_rows - 1` of a tensor of a file.
+
+    `num_inputs` is the length of a row, 1 for a vector.
+    """
 
     path: Path
     name: str
     first: int
     num_rows: int
+    num_inputs: int
 
     def read(self, first: int = 0, last: int | None = None) -> Tensor:
         """The parameter's rows `first` .. `last - 1`, as stored; the file is closed again."""
@@ -102,8 +106,8 @@ def locate_parameters(
                 _check_shape(file, name, parameters, shapes, path)
                 first = 0
                 for parameter in parameters:
-                    num_rows = shapes[parameter][0]
-                    found[parameter] = StoredRows(path, name, first, num_rows)
+                    num_rows, *inputs = shapes[parameter]
+                    found[parameter] = StoredRows(path, name, first, num_rows, *inputs or [1])
                     first += num_rows
     missing = [name for name in shapes if name not in found]
     if missing:

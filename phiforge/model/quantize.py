@@ -68,7 +68,8 @@ def quantize(weight_nk: Tensor, format: Format) -> Matrix:
             f"quantize: found {weight_nk.dtype} of shape {list(weight_nk.shape)}; give a floating "
             "matrix [outputs, inputs]"
         )
-    return quantize_rows(lambda first, last: weight_nk[first:last], *weight_nk.shape, format)
+    n, k = weight_nk.shape
+    return quantize_rows(lambda first, last: weight_nk[first:last], n, k, format)
 
 
 def quantize_rows(

@@ -7,16 +7,20 @@ lets go of it holds no second copy. Nothing is written.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import overload
 
 import torch
 from torch import Tensor
 
 from phiforge.model.config import PhiConfig
+from phiforge.model.huggingface import resolve_folder
+from phiforge.model.huggingface_config import read_config
+from phiforge.model.huggingface_weights import StoredRows, locate_parameters
 from phiforge.model.phi import Phi
-from phiforge.model.quantize import Format, Matrix, check_format, quantize
+from phiforge.model.quantize import Format, Matrix, check_format, quantize, quantize_rows
 
 
 @dataclass(frozen=True)
@@ -105,6 +109,63 @@ def from_model(model: Phi, format: Format | None = None) -> Weights:
         return _assemble(model.config, chosen, embedding, matrix, vector, model.max_length)
 
 
+def from_folder(
+    folder: str | Path, format: Format | None = None, device: str | torch.device = "cpu"
+) -> Weights:
+    """Weights of a Hugging Face folder or Hub name, on `device`; None keeps the stored precision
+    (fp32 stays fp32, 16 bits become bf16).
+
+    Files are read a few rows at a time, layers when asked for: beside the result, memory holds some
+    megabytes. Raises FileNotFoundError or ValueError, naming file and remedy, for files that are
+    missing, damaged or of another model, before any layer is read.
+    """
+    path = resolve_folder(folder)
+    config = read_config(path)
+    rows = locate_parameters(path, _shapes(config), config)
+    chosen = _stored_format(rows) if format is None else check_format(format)
+
+    def convert(names: Sequence[str], to: Format) -> Matrix:
+        parts = [rows[name] for name in names]
+
+        def read(first: int, last: int) -> Tensor:
+            return _read_stacked(parts, first, last).to(device)
+
+        return quantize_rows(read, sum(part.num_rows for part in parts), parts[0].num_inputs, to)
+
+    def matrix(*names: str) -> Matrix:
+        return convert(names, chosen)
+
+    def vector(name: str) -> Tensor:
+        return rows[name].read().to(device=device, dtype=torch.float32)
+
+    embedding = convert(["embedding.weight"], "fp32" if chosen == "fp32" else "bf16").data
+    length = config.max_position_embeddings
+    return _assemble(config, chosen, embedding, matrix, vector, length)
+
+
+def _shapes(config: PhiConfig) -> dict[str, torch.Size]:
+    with torch.device("meta"):
+        model = Phi(config)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
+def _stored_format(rows: Mapping[str, StoredRows]) -> Format:
+    dtype = rows["embedding.weight"].read(0, 1).dtype
+    return "fp32" if dtype in (torch.float32, torch.float64) else "bf16"
+
+
+def _read_stacked(parts: Sequence[StoredRows], first: int, last: int) -> Tensor:
+    """Rows `first` .. `last - 1` of the parts, one below the other."""
+    found = []
+    above = 0
+    for part in parts:
+        start, end = max(first - above, 0), min(last - above, part.num_rows)
+        if start < end:
+            found.append(part.read(start, end))
+        above += part.num_rows
+    return found[0] if len(found) == 1 else torch.cat(found)
+
+
 def compute_dtype(format: Format) -> torch.dtype:
     """What activations are kept in: fp32 for fp32, bf16 for the rest."""
     return torch.float32 if format == "fp32" else torch.bfloat16
@@ -144,7 +205,7 @@ def _assemble(
 
     tied = config.tie_word_embeddings
     if tied and format in ("fp32", "bf16"):
-        lm_head = Matrix(format, *embedding.shape, embedding)
+        lm_head = Matrix(format, config.vocab_size, config.hidden_size, embedding)
     else:
         lm_head = matrix("embedding.weight" if tied else "lm_head.weight")
     return Weights(
