@@ -100,6 +100,13 @@ def save(
     _publish(partial, target)
 
 
+def parameter_shapes(config: PhiConfig) -> dict[str, torch.Size]:
+    """The decoder's parameters by name, without making them."""
+    with torch.device("meta"):
+        model = Phi(config)
+    return {name: parameter.shape for name, parameter in model.named_parameters()}
+
+
 def _load_weights(
     path: Path, config: PhiConfig, dtype: str | torch.dtype, device: str | torch.device
 ) -> Phi:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +84,18 @@ class StoredRows:
                 return file.get_slice(self.name)[self.first + first : self.first + last]
             except (SafetensorError, RuntimeError) as error:
                 raise _damaged(self.path, error) from error
+
+
+def read_stacked(parts: Sequence[StoredRows], first: int, last: int) -> Tensor:
+    """Rows `first` .. `last - 1` of the parts put one below the other."""
+    found = []
+    above = 0
+    for part in parts:
+        start, end = max(first - above, 0), min(last - above, part.num_rows)
+        if start < end:
+            found.append(part.read(start, end))
+        above += part.num_rows
+    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def locate_parameters(

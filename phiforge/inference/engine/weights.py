@@ -16,9 +16,9 @@ import torch
 from torch import Tensor
 
 from phiforge.model.config import PhiConfig
-from phiforge.model.huggingface import resolve_folder
+from phiforge.model.huggingface import parameter_shapes, resolve_folder
 from phiforge.model.huggingface_config import read_config
-from phiforge.model.huggingface_weights import StoredRows, locate_parameters
+from phiforge.model.huggingface_weights import StoredRows, locate_parameters, read_stacked
 from phiforge.model.phi import Phi
 from phiforge.model.quantize import Format, Matrix, check_format, quantize, quantize_rows
 
@@ -121,14 +121,14 @@ def from_folder(
     """
     path = resolve_folder(folder)
     config = read_config(path)
-    rows = locate_parameters(path, _shapes(config), config)
+    rows = locate_parameters(path, parameter_shapes(config), config)
     chosen = _stored_format(rows) if format is None else check_format(format)
 
     def convert(names: Sequence[str], to: Format) -> Matrix:
         parts = [rows[name] for name in names]
 
         def read(first: int, last: int) -> Tensor:
-            return _read_stacked(parts, first, last).to(device)
+            return read_stacked(parts, first, last).to(device)
 
         return quantize_rows(read, sum(part.num_rows for part in parts), parts[0].num_inputs, to)
 
@@ -143,27 +143,9 @@ def from_folder(
     return _assemble(config, chosen, embedding, matrix, vector, length)
 
 
-def _shapes(config: PhiConfig) -> dict[str, torch.Size]:
-    with torch.device("meta"):
-        model = Phi(config)
-    return {name: parameter.shape for name, parameter in model.named_parameters()}
-
-
 def _stored_format(rows: Mapping[str, StoredRows]) -> Format:
     dtype = rows["embedding.weight"].read(0, 1).dtype
     return "fp32" if dtype in (torch.float32, torch.float64) else "bf16"
-
-
-def _read_stacked(parts: Sequence[StoredRows], first: int, last: int) -> Tensor:
-    """Rows `first` .. `last - 1` of the parts, one below the other."""
-    found = []
-    above = 0
-    for part in parts:
-        start, end = max(first - above, 0), min(last - above, part.num_rows)
-        if start < end:
-            found.append(part.read(start, end))
-        above += part.num_rows
-    return found[0] if len(found) == 1 else torch.cat(found)
 
 
 def compute_dtype(format: Format) -> torch.dtype:
