@@ -25,6 +25,7 @@ COMMANDS = (
     "report",
     "compare",
     "chat",
+    "serve",
     "doctor",
     "init",
 )
