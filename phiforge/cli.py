@@ -242,6 +242,37 @@ def serve(
     )
 
 
+@app.command(
+    epilog="Example: `phiforge convert runs/nano-s0 --to gguf --type q8_0 --out nano.gguf`"
+)
+def convert(
+    model: Annotated[str, typer.Argument(help="A run folder, a model folder, or a hub name.")],
+    to: Annotated[str, typer.Option(help="gguf (for llama.cpp) or safetensors.")],
+    out: Annotated[Path, typer.Option(help="File (gguf) or folder (safetensors) to make.")],
+    type: Annotated[
+        str | None, typer.Option(help="Of a gguf file's matrices: f32, bf16 (default) or q8_0.")
+    ] = None,
+    dtype: Annotated[
+        str | None, typer.Option(help="Of safetensors: bf16 (default), fp32 or fp16.")
+    ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="Tensor names of safetensors: phi3 (default) or llama.")
+    ] = None,
+    json_output: JsonOption = False,
+) -> None:
+    """Write a model in another format: GGUF with its tokenizer, or safetensors."""
+    from phiforge.model.convert import convert as convert_model
+    from phiforge.serve.terminal import find_model
+
+    result = convert_model(find_model(model), to, out, type=type, dtype=dtype, layout=layout)
+    if json_output:
+        _print_json(result)
+        return
+    print(f"{result['path']}  {result['num_bytes'] / 1e6:,.1f} MB, {result['type']}")
+    for note in result["notes"]:
+        print(f"note: {note}", file=sys.stderr)
+
+
 @app.command(epilog="Example: `phiforge doctor --json`")
 def doctor(json_output: JsonOption = False) -> None:
     """Check this machine: Python, torch, bf16, compiler, GPU, extras, memory, disk."""

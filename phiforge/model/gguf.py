@@ -66,7 +66,7 @@ class _Source:
         return read_stacked(self.parts, first, last)
 
 
-def convert(folder: str | Path, out: str | Path, type: Type = "bf16") -> Converted:
+def convert(folder: str | Path, out: str | Path, type: str = "bf16") -> Converted:
     """Writes `out` (which must not exist) from a model folder or Hub name.
 
     Matrices are stored as `type`, norms in fp32. Memory holds one tensor in `type`. Raises
@@ -75,28 +75,30 @@ def convert(folder: str | Path, out: str | Path, type: Type = "bf16") -> Convert
     """
     gguf = _package()
     target = Path(out)
-    _check_request(target, type)
+    kind = _checked_type(type)
+    if target.exists():
+        raise UsageError(f"{target}: exists already; name another file, or remove it first")
     path = resolve_folder(folder)
     config = read_config(path)
     _check_expressible(config, path)
     tokenizer = Tokenizer.load(path)
     described = describe(tokenizer, config.vocab_size)
     sources = list(_sources(config, path))
-    if type == "q8_0":
+    if kind == "q8_0":
         _check_groups(sources)
     partial = target.with_name(f".{target.name}.partial")
     target.parent.mkdir(parents=True, exist_ok=True)
     try:
         writer = gguf.GGUFWriter(partial, "phi3")
-        _add_fields(writer, gguf, config, target.stem, type)
+        _add_fields(writer, gguf, config, target.stem, kind)
         _add_tokenizer(writer, described)
-        _write_tensors(writer, gguf, sources, type)
+        _write_tensors(writer, gguf, sources, kind)
         writer.close()
         os.replace(partial, target)
     finally:
         partial.unlink(missing_ok=True)
     size = target.stat().st_size
-    return Converted(target, type, len(sources), size, described.pre, _notes(config))
+    return Converted(target, kind, len(sources), size, described.pre, _notes(config))
 
 
 def _package() -> Any:
@@ -107,11 +109,10 @@ def _package() -> Any:
     return gguf
 
 
-def _check_request(target: Path, type: str) -> None:
+def _checked_type(type: str) -> Type:
     if type not in TYPES:
         raise UsageError(f"type is {type!r}; choose one of: {', '.join(TYPES)}")
-    if target.exists():
-        raise UsageError(f"{target}: exists already; name another file, or remove it first")
+    return type  # pyright: ignore[reportReturnType]
 
 
 def _check_expressible(config: PhiConfig, path: Path) -> None:
