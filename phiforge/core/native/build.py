@@ -25,7 +25,7 @@ from pathlib import Path
 
 _FOLDER = Path(__file__).parent
 _COMPILERS = ("g++", "clang++", "c++")
-_BASE_FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno", "-Wall")
+_BASE_FLAGS = ("-std=c++17", "-O3", "-shared", "-fPIC", "-fno-math-errno")
 # The first that compiles wins: Apple's compiler has no OpenMP, some know no -march=native.
 _FLAG_CHOICES = (
     ("-march=native", "-fopenmp"),

@@ -1,0 +1,455 @@
+// y = x W^T with W packed in panels of 64 outputs, in fp32, bf16, int8 or int4.
+// `pack` makes the panels; `multiply` gives one panel's outputs for a few rows of x.
+// Every output is one sum, sequential over the inputs in its own lane: it depends neither on the
+// number of rows nor on tiles or threads. (int4: one sum per 32 inputs, then scaled and added.)
+//
+// Two families. With bf16 pair products (AVX512_BF16) a panel holds pairs of inputs, 64 outputs
+// side by side, and weights of every format become bf16 exactly (int8 and int4 as integers).
+// Elsewhere a panel holds single inputs, weights become fp32, and activations stay in fp32.
+
+#pragma once
+
+#include <type_traits>
+
+#include "common.h"
+
+namespace phi {
+
+enum Format : int64_t { FP32 = 0, BF16 = 1, INT8 = 2, INT4 = 3 };
+
+constexpr long PANEL = 64;       // outputs side by side
+constexpr long GROUP = 32;       // inputs that share an int4 scale; inputs are padded to this
+constexpr long MAX_ROWS = 96;    // rows of x that `multiply` takes at once
+constexpr long STRETCH = 128;    // inputs worked on before the next rows: 16 KB of bf16, in L1
+
+#ifdef PHI_DOT_PAIRS
+typedef uint16_t Half;  // activations of bf16 models
+#else
+typedef float Half;
+#endif
+
+// A packed matrix. Outputs and inputs are padded to whole panels and groups, with zeros.
+struct Matrix {
+  const uint8_t* panels;
+  const float* scales;  // int8: one per output; else unused
+  int64_t num_outputs, num_inputs, format;
+
+  long num_panels() const { return ceil_div(num_outputs, PANEL); }
+  long padded_inputs() const { return round_up(num_inputs, GROUP); }
+  inline long panel_bytes() const;
+};
+
+// ---- Loading weights ------------------------------------------------------------------------
+// A loader turns the packed weights of one step (an input, or a pair) into vectors to multiply by.
+
+#ifdef PHI_DOT_PAIRS
+typedef __m512bh Vector;
+
+PHI_INLINE f32x16 multiply_add(Vector w, Vector x, f32x16 sum) {
+  return (f32x16)_mm512_dpbf16_ps((__m512)sum, w, x);
+}
+PHI_INLINE Vector broadcast(const uint16_t* pair) {
+  return (__m512bh)_mm512_set1_epi32(load_as<int32_t>(pair));
+}
+
+struct LoadBf16 {
+  static constexpr bool GROUPED = false;
+  template <int V>
+  PHI_INLINE void operator()(const uint8_t* at, Vector* w) const {
+    PHI_UNROLL for (int v = 0; v < V; v++) w[v] = (__m512bh)_mm512_loadu_si512(at + 64 * v);
+  }
+};
+
+// bf16 of 0 .. 127, low bytes then high bytes: int8 weights are stored as sign and magnitude.
+struct MagnitudeTable {
+  alignas(64) uint8_t low[128], high[128];
+  constexpr MagnitudeTable() : low(), high() {
+    for (int m = 1; m < 128; m++) {
+      int exponent = 0;
+      while ((m >> exponent) > 1) exponent++;
+      int bits = ((127 + exponent) << 7) | ((m << (7 - exponent)) & 0x7f);
+      low[m] = (uint8_t)(bits & 0xff);
+      high[m] = (uint8_t)(bits >> 8);
+    }
+  }
+};
+constexpr MagnitudeTable MAGNITUDES;
+
+struct LoadInt8 {
+  static constexpr bool GROUPED = false;
+  __m512i low[2], high[2], sign;
+  LoadInt8() {
+    for (int i = 0; i < 2; i++) {
+      low[i] = _mm512_load_si512(MAGNITUDES.low + 64 * i);
+      high[i] = _mm512_load_si512(MAGNITUDES.high + 64 * i);
+    }
+    sign = _mm512_set1_epi8((char)0x80);
+  }
+  template <int V>
+  PHI_INLINE void operator()(const uint8_t* at, Vector* w) const {
+    static_assert(V % 2 == 0, "two vectors share 64 bytes");
+    PHI_UNROLL for (int v = 0; v < V; v += 2) {
+      __m512i q = _mm512_loadu_si512(at + 32 * v);
+      __m512i l = _mm512_permutex2var_epi8(low[0], q, low[1]);
+      __m512i h = _mm512_permutex2var_epi8(high[0], q, high[1]);
+      h = _mm512_ternarylogic_epi32(h, q, sign, 0xf8);  // h | (q & sign)
+      w[v] = (__m512bh)_mm512_unpacklo_epi8(l, h);
+      w[v + 1] = (__m512bh)_mm512_unpackhi_epi8(l, h);
+    }
+  }
+};
+
+struct NibbleTable {  // bf16 of -8 .. 7, twice: the lookup reads five bits
+  alignas(64) uint16_t values[32];
+  constexpr NibbleTable() : values() {
+    for (int i = 0; i < 32; i++) {
+      int value = (i & 15) - 8, magnitude = value < 0 ? -value : value, exponent = 0;
+      if (!magnitude) continue;
+      while ((magnitude >> exponent) > 1) exponent++;
+      int bits = ((127 + exponent) << 7) | ((magnitude << (7 - exponent)) & 0x7f);
+      values[i] = (uint16_t)(bits | (value < 0 ? 0x8000 : 0));
+    }
+  }
+};
+constexpr NibbleTable NIBBLES;
+
+struct LoadInt4 {
+  static constexpr bool GROUPED = true;
+  __m512i table = _mm512_load_si512(NIBBLES.values);
+  template <int V>
+  PHI_INLINE void operator()(const uint8_t* at, Vector* w) const {
+    static_assert(V == 4, "a word holds the weights of four vectors");
+    __m512i q = _mm512_loadu_si512(at);
+    w[0] = (__m512bh)_mm512_permutexvar_epi16(q, table);
+    w[1] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(q, 4), table);
+    w[2] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(q, 8), table);
+    w[3] = (__m512bh)_mm512_permutexvar_epi16(_mm512_srli_epi16(q, 12), table);
+  }
+};
+
+typedef LoadBf16 LoadWork;  // of a converted stretch
+#endif  // PHI_DOT_PAIRS
+
+// Single inputs, weights as fp32; names carry a 1.
+#ifdef PHI_AVX512
+constexpr int TILE_ROWS_1 = 6, TILE_VECTORS_1 = 4;
+#else
+constexpr int TILE_ROWS_1 = 2, TILE_VECTORS_1 = 2;
+#endif
+
+PHI_INLINE f32x16 multiply_add(f32x16 w, f32x16 x, f32x16 sum) { return fma(w, x, sum); }
+PHI_INLINE f32x16 broadcast(const float* value) { return splat(*value); }
+
+struct Load1Fp32 {
+  static constexpr bool GROUPED = false;
+  template <int V>
+  PHI_INLINE void operator()(const uint8_t* at, f32x16* w) const {
+    PHI_UNROLL for (int v = 0; v < V; v++) w[v] = load_as<f32x16>(at + 64 * v);
+  }
+};
+struct Load1Bf16 {
+  static constexpr bool GROUPED = false;
+  template <int V>
+  PHI_INLINE void operator()(const uint8_t* at, f32x16* w) const {
+    PHI_UNROLL for (int v = 0; v < V; v++) w[v] = load_bf16((const uint16_t*)(at + 32 * v));
+  }
+};
+struct Load1Int8 {
+  static constexpr bool GROUPED = false;
+  template <int V>
+  PHI_INLINE void operator()(const uint8_t* at, f32x16* w) const {
+    PHI_UNROLL for (int v = 0; v < V; v++)
+      w[v] = __builtin_convertvector(
+          __builtin_convertvector(load_as<i8x16>(at + 16 * v), i32x16), f32x16);
+  }
+};
+// A byte holds output o of the panel's first half (low nibble) and of its second half.
+struct Load1Int4 {
+  static constexpr bool GROUPED = true;
+  template <int V>
+  PHI_INLINE void operator()(const uint8_t* at, f32x16* w) const {
+    static_assert(V == 4, "a byte holds weights of two halves");
+    typedef uint8_t u8x16 __attribute__((vector_size(16)));
+    PHI_UNROLL for (int v = 0; v < 2; v++) {
+      i32x16 q = __builtin_convertvector(load_as<u8x16>(at + 16 * v), i32x16);
+      w[v] = __builtin_convertvector((q & 15) - 8, f32x16);
+      w[v + 2] = __builtin_convertvector((q >> 4) - 8, f32x16);
+    }
+  }
+};
+
+#ifndef PHI_DOT_PAIRS
+typedef f32x16 Vector;
+typedef Load1Fp32 LoadWork;
+typedef Load1Bf16 LoadBf16;
+typedef Load1Int8 LoadInt8;
+typedef Load1Int4 LoadInt4;
+#endif
+
+// How activations of a type are multiplied.
+template <class Act>
+struct Kernel;
+template <>
+struct Kernel<float> {
+  static constexpr int ROWS = TILE_ROWS_1, VECTORS = TILE_VECTORS_1;
+  static constexpr long STEP = 1;
+  typedef f32x16 Vector;
+};
+#ifdef PHI_DOT_PAIRS
+template <>
+struct Kernel<uint16_t> {
+  static constexpr int ROWS = 6, VECTORS = 4;
+  static constexpr long STEP = 2;
+  typedef __m512bh Vector;
+};
+#endif
+
+// Bytes of one step's weights in a panel.
+inline long step_bytes(int64_t format, long step) {
+  const long per_input[] = {PANEL * 4, PANEL * 2, PANEL, PANEL / 2};
+  return per_input[format] * step;
+}
+constexpr long GROUP_SCALE_BYTES = PANEL * 2;  // int4: bf16 scales follow each group's weights
+
+inline long Matrix::panel_bytes() const {
+  long bytes = step_bytes(format, 1) * padded_inputs();
+  return format == INT4 ? bytes + padded_inputs() / GROUP * GROUP_SCALE_BYTES : bytes;
+}
+
+// ---- The inner loops ------------------------------------------------------------------------
+
+// sums[R][16 V] += x[R][steps] w[steps][16 V]; `fresh` starts from zero. Lines at `ahead` are
+// fetched on the way, `ahead_bytes` per step (0: none).
+template <int R, int V, class Act, class Loader>
+PHI_INLINE void tile(const Loader& weights, const Act* x, long x_stride, const uint8_t* w,
+                     long w_stride, long steps, float* sums, long sums_stride, bool fresh,
+                     const uint8_t* ahead, long ahead_bytes) {
+  typedef typename Kernel<Act>::Vector Vec;
+  constexpr long STEPS = Kernel<Act>::STEP;
+  f32x16 sum[R][V];
+  PHI_UNROLL for (int r = 0; r < R; r++)
+    PHI_UNROLL for (int v = 0; v < V; v++)
+      sum[r][v] = fresh ? f32x16{} : load(sums + r * sums_stride + LANES * v);
+  for (long step = 0; step < steps; step++) {
+    Vec vectors[V];
+    weights.template operator()<V>(w, vectors);
+    w += w_stride;
+    for (long byte = 0; byte < ahead_bytes; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
+    ahead += ahead_bytes;
+    PHI_UNROLL for (int r = 0; r < R; r++) {
+      Vec value = broadcast(x + r * x_stride + step * STEPS);
+      PHI_UNROLL for (int v = 0; v < V; v++)
+        sum[r][v] = multiply_add(vectors[v], value, sum[r][v]);
+    }
+  }
+  PHI_UNROLL for (int r = 0; r < R; r++)
+    PHI_UNROLL for (int v = 0; v < V; v++)
+      store(sums + r * sums_stride + LANES * v, sum[r][v]);
+}
+
+template <int V, class Act, class Loader>
+void tile_of(long rows, const Loader& weights, const Act* x, long x_stride, const uint8_t* w,
+             long w_stride, long steps, float* sums, long sums_stride, bool fresh,
+             const uint8_t* ahead = nullptr, long ahead_bytes = 0) {
+#define PHI_TILE(R)                                                                              \
+  case R:                                                                                        \
+    return tile<R, V>(weights, x, x_stride, w, w_stride, steps, sums, sums_stride, fresh, ahead, \
+                      ahead_bytes);
+  switch (rows) {
+    PHI_TILE(1)
+    PHI_TILE(2)
+    default:
+      if constexpr (Kernel<Act>::ROWS == 6) {
+        switch (rows) {
+          PHI_TILE(3)
+          PHI_TILE(4)
+          PHI_TILE(5)
+          PHI_TILE(6)
+        }
+      }
+  }
+#undef PHI_TILE
+}
+
+// Calls use(first_row, num_rows) for tiles of nearly equal height.
+template <class Act, class Use>
+PHI_INLINE void each_tile(long rows, Use use) {
+  long tiles = ceil_div(rows, Kernel<Act>::ROWS), first = 0;
+  for (long left = tiles; left > 0; left--) {
+    long height = ceil_div(rows - first, left);
+    use(first, height);
+    first += height;
+  }
+}
+
+// All rows, `vectors` x 16 outputs: the panel in narrower strips where registers are few.
+template <class Act, class Loader>
+void rows_of(const Loader& weights, long rows, int vectors, const Act* x, long x_stride,
+             const uint8_t* w, long w_stride, long bytes_per_vector, long steps, float* sums,
+             long sums_stride, bool fresh) {
+  each_tile<Act>(rows, [&](long first, long height) {
+    const Act* from = x + first * x_stride;
+    float* to = sums + first * sums_stride;
+    for (int v = 0; v < vectors;) {
+      const uint8_t* strip = w + v * bytes_per_vector;
+      int width = std::min(vectors - v, Kernel<Act>::VECTORS);
+#define PHI_STRIP(V)                                                                        \
+  case V:                                                                                   \
+    tile_of<V>(height, weights, from, x_stride, strip, w_stride, steps, to + LANES * v,     \
+               sums_stride, fresh);                                                         \
+    break;
+      switch (width) {
+        PHI_STRIP(1)
+        PHI_STRIP(2)
+        default:
+          if constexpr (Kernel<Act>::VECTORS == 4) {
+            switch (width) {
+              PHI_STRIP(3)
+              PHI_STRIP(4)
+            }
+          }
+      }
+#undef PHI_STRIP
+      v += width;
+    }
+  });
+}
+
+// ---- One panel ------------------------------------------------------------------------------
+
+// What a thread needs besides: a panel's converted stretch, and the sums of one item.
+struct MatmulScratch {
+  alignas(64) uint8_t converted[STRETCH * PANEL * 4];
+  alignas(64) float sums[MAX_ROWS * PANEL];
+  alignas(64) float group[MAX_ROWS * PANEL];
+};
+
+// Weights of `steps` steps as the working type, [step][64] vectors as LoadWork reads them.
+template <class Vector, class Loader>
+void convert(const Loader& loader, const uint8_t* w, long w_stride, long steps, uint8_t* out) {
+  for (long step = 0; step < steps; step++) {
+    Vector vectors[4];
+    loader.template operator()<4>(w + step * w_stride, vectors);
+    for (int v = 0; v < 4; v++) store_as(out + 64 * v, vectors[v]);
+    out += 4 * 64;
+  }
+}
+
+// sums[r][64] += scale[64] x group[r][64]
+PHI_INLINE void add_scaled(long rows, const float* group, const uint16_t* scale, float* sums) {
+  for (int v = 0; v < 4; v++) {
+    f32x16 factor = load_bf16(scale + LANES * v);
+    for (long r = 0; r < rows; r++) {
+      long at = r * PANEL + LANES * v;
+      store(sums + at, fma(load(group + at), factor, load(sums + at)));
+    }
+  }
+}
+
+// How far ahead in memory weights are fetched: enough to cover the latency at full bandwidth.
+constexpr long FETCH_AHEAD = 4096;
+
+// Tiles over one stretch. The first fetches weights ahead of itself; the rest work from L1.
+template <class Act, class Loader>
+PHI_INLINE void stretch(const Loader& loader, long rows, const Act* x, long x_stride,
+                        const uint8_t* w, long w_stride, long steps, float* sums, bool fresh,
+                        bool stream) {
+  constexpr int V = Kernel<Act>::VECTORS;
+  if constexpr (V == 4) {
+    each_tile<Act>(rows, [&](long first, long height) {
+      long ahead = stream && first == 0 ? w_stride : 0;
+      tile_of<4>(height, loader, x + first * x_stride, x_stride, w, w_stride, steps,
+                 sums + first * PANEL, PANEL, fresh, w + FETCH_AHEAD, ahead);
+    });
+  } else {
+    rows_of(loader, rows, 4, x, x_stride, w, w_stride, w_stride / 4, steps, sums, PANEL, fresh);
+  }
+}
+
+// Weights that need converting are converted in registers for up to so many rows, else into L1
+// first: the same values, multiplied in the same order.
+constexpr long DIRECT_ROWS = 4;
+
+template <class Act, class Loader, class Plain>
+void multiply_as(int64_t format, const Matrix& m, long panel, long rows, const Act* x,
+                 long x_stride, MatmulScratch& scratch) {
+  constexpr long STEPS = Kernel<Act>::STEP;
+  const Loader loader;
+  const Plain plain;
+  const long inputs = m.padded_inputs(), stride = step_bytes(format, STEPS);
+  const long span = Loader::GROUPED ? GROUP : STRETCH;
+  constexpr bool can_be_direct = Kernel<Act>::VECTORS == 4 || !Loader::GROUPED;
+  const bool direct =
+      can_be_direct && (std::is_same<Loader, Plain>::value || rows <= DIRECT_ROWS);
+  const uint8_t* w = m.panels + panel * m.panel_bytes();
+  float* target = Loader::GROUPED ? scratch.group : scratch.sums;
+  if (Loader::GROUPED) std::fill_n(scratch.sums, rows * PANEL, 0.0f);
+  for (long k = 0; k < inputs; k += span) {
+    const long steps = std::min(span, inputs - k) / STEPS;
+    const bool fresh = Loader::GROUPED || k == 0;
+    if constexpr (can_be_direct) {
+      if (direct) stretch(loader, rows, x + k, x_stride, w, stride, steps, target, fresh, true);
+    }
+    if (!direct) {
+      convert<typename Kernel<Act>::Vector>(loader, w, stride, steps, scratch.converted);
+      for (long at = 0; at < steps * stride; at += 64)
+        __builtin_prefetch(w + FETCH_AHEAD + at, 0, 2);
+      stretch(plain, rows, x + k, x_stride, scratch.converted, 256, steps, target, fresh, false);
+    }
+    w += steps * stride;
+    if (Loader::GROUPED) {
+      add_scaled(rows, scratch.group, (const uint16_t*)w, scratch.sums);
+      w += GROUP_SCALE_BYTES;
+    }
+  }
+  if (format == INT8)
+    for (long r = 0; r < rows; r++)
+      for (int v = 0; v < 4; v++) {
+        float* sum = scratch.sums + r * PANEL + LANES * v;
+        store(sum, load(sum) * load(m.scales + panel * PANEL + LANES * v));
+      }
+}
+
+// scratch.sums[r][64] = x[r] . the panel's 64 outputs, for at most MAX_ROWS rows.
+inline void multiply(const Matrix& m, long panel, long rows, const float* x, long x_stride,
+                     MatmulScratch& scratch) {
+#ifndef PHI_DOT_PAIRS
+  if (m.format == BF16)
+    return multiply_as<float, LoadBf16, LoadWork>(BF16, m, panel, rows, x, x_stride, scratch);
+  if (m.format == INT8)
+    return multiply_as<float, LoadInt8, LoadWork>(INT8, m, panel, rows, x, x_stride, scratch);
+  if (m.format == INT4)
+    return multiply_as<float, LoadInt4, LoadWork>(INT4, m, panel, rows, x, x_stride, scratch);
+#endif
+  multiply_as<float, Load1Fp32, Load1Fp32>(FP32, m, panel, rows, x, x_stride, scratch);
+}
+#ifdef PHI_DOT_PAIRS
+inline void multiply(const Matrix& m, long panel, long rows, const uint16_t* x, long x_stride,
+                     MatmulScratch& scratch) {
+  if (m.format == BF16)
+    return multiply_as<uint16_t, LoadBf16, LoadWork>(BF16, m, panel, rows, x, x_stride, scratch);
+  if (m.format == INT8)
+    return multiply_as<uint16_t, LoadInt8, LoadWork>(INT8, m, panel, rows, x, x_stride, scratch);
+  multiply_as<uint16_t, LoadInt4, LoadWork>(INT4, m, panel, rows, x, x_stride, scratch);
+}
+#endif
+
+// y = x W^T as items of a phase: finish(first_row, rows, panel, sums[rows][64]).
+template <class Act, class Finish>
+void matmul(Team& team, int threads, const Matrix& m, long rows, const Act* x, long x_stride,
+            MatmulScratch& scratch, Finish finish) {
+  const long panels = m.num_panels();
+  long cuts = ceil_div(rows, MAX_ROWS);
+  // Few panels for many threads: cut the rows too, while a piece keeps whole tiles.
+  while (panels * cuts < 4 * threads && rows / (cuts + 1) >= 2 * Kernel<Act>::ROWS) cuts++;
+  const long piece = ceil_div(rows, cuts);
+  team.each(panels * cuts, [&](long item) {
+    long panel = item / cuts, first = item % cuts * piece;
+    long count = std::min(piece, rows - first);
+    if (count <= 0) return;
+    multiply(m, panel, count, x + first * x_stride, x_stride, scratch);
+    finish(first, count, panel, scratch.sums);
+  });
+}
+
+}  // namespace phi

@@ -1,0 +1,3 @@
+// Draws one token per row from logits: temperature, min-p, inverse distribution function.
+#pragma once
+#include "common.h"
