@@ -1,0 +1,354 @@
+// Kernels of the training step on a CPU: what lies between the matrix products, each in one pass.
+//
+// Called through ctypes by phiforge/model/kernels.py; every function comes for bf16 and for fp32
+// values (`_bf16`, `_fp32`). Sums are fp32; their order depends on the number of threads at most.
+//
+// Names: n tokens, d model size, f feed-forward size, v vocabulary; T the type of activations.
+#include "training_attention.h"
+
+namespace phi {
+
+constexpr int64_t kPiece = 16384;  // numbers that one thread takes at a time
+
+// y = x / rms(x) x weight, with x = before + delta first when there is a delta; keeps 1 / rms.
+template <class T>
+void norm(T* x, const T* before, const T* delta, const float* weight, T* y, float* scales,
+          int64_t n, int64_t d, float eps) {
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < n; i++) {
+    T *row = x + i * d, *out = y + i * d;
+    if (delta)
+      lanes(d, [&](int64_t c, auto count) {
+        give(row + c, take(before + i * d + c, count) + take(delta + i * d + c, count), count);
+      });
+    Floats squares{};
+    lanes(d, [&](int64_t c, auto count) {
+      const Floats value = take(row + c, count);
+      squares = fma(value, value, squares);
+    });
+    const float scale = 1.0f / sqrtf(sum_lanes(squares) / float(d) + eps);
+    scales[i] = scale;
+    lanes(d, [&](int64_t c, auto count) {
+      give(out + c, take(row + c, count) * scale * take(weight + c, count), count);
+    });
+  }
+}
+
+// d_x = d_skip + the norm's gradient; makes the norm's output again; d_weight += its gradient.
+template <class T>
+void norm_backward(const T* x, const float* weight, const float* scales, const T* d_y,
+                   const T* d_skip, T* d_x, T* y, float* d_weight, int64_t n, int64_t d) {
+  const int threads = max_threads();
+  std::vector<float> parts(size_t(threads) * d, 0.0f);
+#pragma omp parallel num_threads(threads)
+  {
+    float* part = parts.data() + size_t(this_thread()) * d;
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < n; i++) {
+      const T *row = x + i * d, *dy = d_y + i * d;
+      const float scale = scales[i];
+      Floats products{};
+      lanes(d, [&](int64_t c, auto count) {
+        products = fma(take(dy + c, count) * take(weight + c, count), take(row + c, count),
+                       products);
+      });
+      const float along = sum_lanes(products) * scale / float(d);
+      lanes(d, [&](int64_t c, auto count) {
+        const Floats normed = take(row + c, count) * scale, gradient = take(dy + c, count);
+        const Floats factor = take(weight + c, count);
+        Floats change = (gradient * factor - normed * along) * scale;
+        if (d_skip) change += take(d_skip + i * d + c, count);
+        give(part + c, fma(gradient, normed, take(part + c, count)), count);
+        give(y + i * d + c, normed * factor, count);
+        give(d_x + i * d + c, change, count);
+      });
+    }
+  }
+  for (int t = 0; t < threads; t++)
+    for (int64_t c = 0; c < d; c++) d_weight[c] += parts[size_t(t) * d + c];
+}
+
+// Turns the pairs (i, i + r) of the first `heads` heads of each row, in place; sign -1 turns back.
+template <class T>
+void rope(T* x, const float* cosines, const float* sines, int64_t n, int64_t row_size,
+          int64_t heads, int64_t head_size, int64_t r, float sign) {
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < n; i++)
+    for (int64_t h = 0; h < heads; h++) {
+      T *first = x + i * row_size + h * head_size, *second = first + r;
+      lanes(r, [&](int64_t c, auto count) {
+        const Floats cosine = take(cosines + i * r + c, count);
+        const Floats sine = take(sines + i * r + c, count) * sign;
+        const Floats a = take(first + c, count), b = take(second + c, count);
+        give(first + c, a * cosine - b * sine, count);
+        give(second + c, b * cosine + a * sine, count);
+      });
+    }
+}
+
+PHI_INLINE Floats sigmoid(Floats x) { return splat(1.0f) / (exp(-x) + 1.0f); }
+
+// out = silu(gate) x up, from gate and up in one row.
+template <class T>
+void swiglu(const T* gate_up, T* out, int64_t n, int64_t f) {
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < n; i++)
+    lanes(f, [&](int64_t c, auto count) {
+      const T* at = gate_up + i * 2 * f + c;
+      const Floats gate = take(at, count);
+      give(out + i * f + c, gate * sigmoid(gate) * take(at + f, count), count);
+    });
+}
+
+// The gradient of gate and up, and the output again.
+template <class T>
+void swiglu_backward(const T* gate_up, const T* d_out, T* d_gate_up, T* out, int64_t n, int64_t f) {
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < n; i++)
+    lanes(f, [&](int64_t c, auto count) {
+      const T* at = gate_up + i * 2 * f + c;
+      T* to = d_gate_up + i * 2 * f + c;
+      const Floats gate = take(at, count), up = take(at + f, count);
+      const Floats gradient = take(d_out + i * f + c, count), share = sigmoid(gate);
+      const Floats silu = gate * share;
+      give(out + i * f + c, silu * up, count);
+      give(to + f, gradient * silu, count);
+      give(to, gradient * up * (share + silu * (1.0f - share)), count);
+    });
+}
+
+// losses[i] = -log softmax(logits[i])[target]; with `gradient` the logits become scale x
+// (softmax - one-hot), where scale is scales[i], or 1 without `scales`.
+template <class T>
+void cross_entropy(T* logits, const int64_t* targets, const float* scales, float* losses,
+                   int64_t gradient, int64_t n, int64_t v) {
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < n; i++) {
+    T *row = logits + i * v, *target = row + targets[i];
+    Floats maxima = splat(read_one(row));
+    lanes(v, [&](int64_t c, auto count) {
+      if constexpr (std::is_same_v<decltype(count), long>)  // no zeros from behind the end
+        for (long k = 0; k < count; k++) maxima = max(maxima, splat(read_one(row + c + k)));
+      else
+        maxima = max(maxima, take(row + c, count));
+    });
+    const float maximum = max_lanes(maxima), chosen = read_one(target);
+    Floats totals{};
+    lanes(v, [&](int64_t c, auto count) {
+      const Floats value = exp(take(row + c, count) - maximum);
+      totals += lane_numbers() < splat(float(count)) ? value : Floats{};
+    });
+    const float total = sum_lanes(totals);
+    losses[i] = maximum + logf(total) - chosen;
+    if (!gradient) continue;
+    const float scale = scales ? scales[i] : 1.0f, factor = scale / total;
+    lanes(v, [&](int64_t c, auto count) {
+      give(row + c, exp(take(row + c, count) - maximum) * factor, count);
+    });
+    write_one(target, expf(chosen - maximum) * factor - scale);
+  }
+}
+
+template <class T>
+void embed(const float* table, const int64_t* ids, T* x, int64_t n, int64_t d) {
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < n; i++)
+    lanes(d, [&](int64_t c, auto count) {
+      give(x + i * d + c, take(table + ids[i] * d + c, count), count);
+    });
+}
+
+// d_table[id] += d_x; each thread owns some rows of the table, so the order of sums is the tokens'.
+template <class T>
+void embed_backward(const T* d_x, const int64_t* ids, float* d_table, int64_t n, int64_t d) {
+#pragma omp parallel
+  {
+    const int64_t threads = num_threads(), mine = this_thread();
+    for (int64_t i = 0; i < n; i++) {
+      if (ids[i] % threads != mine) continue;
+      float* to = d_table + ids[i] * d;
+      lanes(d, [&](int64_t c, auto count) {
+        give(to + c, take(to + c, count) + take(d_x + i * d + c, count), count);
+      });
+    }
+  }
+}
+
+// to = from, or to += from.
+template <class T>
+void accumulate(const T* from, float* to, int64_t count, int64_t add) {
+#pragma omp parallel for schedule(static)
+  for (int64_t i = 0; i < count; i += kPiece)
+    lanes(std::min(kPiece, count - i), [&](int64_t c, auto size) {
+      const Floats value = take(from + i + c, size);
+      give(to + i + c, add ? take(to + i + c, size) + value : value, size);
+    });
+}
+
+template <class T>
+void attention(const T* qkv, T* out, float* log_sums, const int64_t* starts, int64_t num_runs,
+               int64_t num_heads, int64_t num_kv_heads, int64_t head_size, int64_t window,
+               float scale) {
+  const AttentionShape s{num_heads, num_kv_heads, head_size, window, scale,
+                         int((head_size + 15) / 16 * 16)};
+  int64_t longest = 0;
+  for (int64_t run = 0; run < num_runs; run++)
+    longest = std::max(longest, starts[run + 1] - starts[run]);
+#pragma omp parallel
+  {
+    Scratch scratch(forward_scratch(s, longest));
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < num_runs * num_kv_heads; task++) {
+      const int64_t start = starts[task / num_kv_heads];
+      attend(s, qkv + start * s.row(), starts[task / num_kv_heads + 1] - start,
+             task % num_kv_heads, out + start * num_heads * head_size,
+             log_sums + start * num_heads, scratch);
+    }
+  }
+}
+
+template <class T>
+void attention_backward(const T* qkv, const T* out, const float* log_sums, const T* d_out,
+                        T* d_qkv, const int64_t* starts, int64_t num_runs, int64_t num_heads,
+                        int64_t num_kv_heads, int64_t head_size, int64_t window, float scale) {
+  const AttentionShape s{num_heads, num_kv_heads, head_size, window, scale,
+                         int((head_size + 15) / 16 * 16)};
+  int64_t longest = 0;
+  for (int64_t run = 0; run < num_runs; run++)
+    longest = std::max(longest, starts[run + 1] - starts[run]);
+#pragma omp parallel
+  {
+    Scratch scratch(backward_scratch(s, longest));
+#pragma omp for schedule(dynamic)
+    for (int64_t task = 0; task < num_runs * num_kv_heads; task++) {
+      const int64_t start = starts[task / num_kv_heads], row = num_heads * head_size;
+      attend_backward(s, qkv + start * s.row(), out + start * row, log_sums + start * num_heads,
+                      d_out + start * row, starts[task / num_kv_heads + 1] - start,
+                      task % num_kv_heads, d_qkv + start * s.row(), scratch);
+    }
+  }
+}
+
+// One AdamW step (arXiv 1711.05101) over many tensors; `shadows` get the new weights in T.
+template <class T>
+void adamw(int64_t num_tensors, const int64_t* counts, float* const* weights,
+           const float* const* gradients, float* const* means, float* const* squares,
+           T* const* shadows, const float* decays, float clip, float lr, float beta1, float beta2,
+           float eps, float correction1, float correction2) {
+  const float step = lr / correction1, root = 1.0f / sqrtf(correction2);
+#pragma omp parallel
+  for (int64_t k = 0; k < num_tensors; k++) {
+    const float shrink = 1.0f - lr * decays[k];
+    const float* gradient = gradients[k];
+    float *weight = weights[k], *mean = means[k], *square = squares[k];
+    T* shadow = shadows[k];
+#pragma omp for schedule(static) nowait
+    for (int64_t start = 0; start < counts[k]; start += kPiece) {
+      const int64_t end = std::min(counts[k], start + kPiece);
+#pragma omp simd
+      for (int64_t i = start; i < end; i++) {
+        const float g = gradient[i] * clip;
+        mean[i] += (g - mean[i]) * (1.0f - beta1);
+        square[i] = square[i] * beta2 + g * g * (1.0f - beta2);
+        weight[i] = weight[i] * shrink - step * mean[i] / (sqrtf(square[i]) * root + eps);
+      }
+      if (shadow)
+        lanes(end - start, [&](int64_t c, auto count) {
+          give(shadow + start + c, take(weight + start + c, count), count);
+        });
+    }
+  }
+}
+
+// Sum of squares of many tensors, in fixed pieces: the same whatever the number of threads.
+inline double sum_of_squares(int64_t num_tensors, const int64_t* counts,
+                             const float* const* tensors) {
+  int64_t longest = 0;
+  double total = 0;
+  for (int64_t k = 0; k < num_tensors; k++)
+    longest = std::max(longest, (counts[k] + kPiece - 1) / kPiece);
+  std::vector<double> pieces(size_t(num_tensors * longest), 0.0);
+#pragma omp parallel
+  for (int64_t k = 0; k < num_tensors; k++) {
+#pragma omp for schedule(static) nowait
+    for (int64_t piece = 0; piece < (counts[k] + kPiece - 1) / kPiece; piece++) {
+      const float* from = tensors[k] + piece * kPiece;
+      const int64_t count = std::min(kPiece, counts[k] - piece * kPiece);
+      Floats sum{};
+      lanes(count, [&](int64_t c, auto size) {
+        const Floats value = take(from + c, size);
+        sum = fma(value, value, sum);
+      });
+      pieces[size_t(k * longest + piece)] = sum_lanes(sum);
+    }
+  }
+  for (const double piece : pieces) total += piece;
+  return total;
+}
+
+}  // namespace phi
+
+#define PHIFORGE_EXPORT(T, suffix)                                                                 \
+  void norm_##suffix(T* x, const T* before, const T* delta, const float* weight, T* y,             \
+                     float* scales, int64_t n, int64_t d, float eps) {                             \
+    phi::norm(x, before, delta, weight, y, scales, n, d, eps);                                \
+  }                                                                                                \
+  void norm_backward_##suffix(const T* x, const float* weight, const float* scales, const T* d_y,  \
+                              const T* d_skip, T* d_x, T* y, float* d_weight, int64_t n,           \
+                              int64_t d) {                                                         \
+    phi::norm_backward(x, weight, scales, d_y, d_skip, d_x, y, d_weight, n, d);               \
+  }                                                                                                \
+  void rope_##suffix(T* x, const float* cosines, const float* sines, int64_t n, int64_t row,       \
+                     int64_t heads, int64_t head_size, int64_t r, float sign) {                    \
+    phi::rope(x, cosines, sines, n, row, heads, head_size, r, sign);                          \
+  }                                                                                                \
+  void swiglu_##suffix(const T* gate_up, T* out, int64_t n, int64_t f) {                           \
+    phi::swiglu(gate_up, out, n, f);                                                          \
+  }                                                                                                \
+  void swiglu_backward_##suffix(const T* gate_up, const T* d_out, T* d_gate_up, T* out, int64_t n, \
+                                int64_t f) {                                                       \
+    phi::swiglu_backward(gate_up, d_out, d_gate_up, out, n, f);                               \
+  }                                                                                                \
+  void cross_entropy_##suffix(T* logits, const int64_t* targets, const float* scales,              \
+                              float* losses, int64_t gradient, int64_t n, int64_t v) {             \
+    phi::cross_entropy(logits, targets, scales, losses, gradient, n, v);                      \
+  }                                                                                                \
+  void embed_##suffix(const float* table, const int64_t* ids, T* x, int64_t n, int64_t d) {        \
+    phi::embed(table, ids, x, n, d);                                                          \
+  }                                                                                                \
+  void embed_backward_##suffix(const T* d_x, const int64_t* ids, float* d_table, int64_t n,        \
+                               int64_t d) {                                                        \
+    phi::embed_backward(d_x, ids, d_table, n, d);                                             \
+  }                                                                                                \
+  void accumulate_##suffix(const T* from, float* to, int64_t count, int64_t add) {                 \
+    phi::accumulate(from, to, count, add);                                                    \
+  }                                                                                                \
+  void attention_##suffix(const T* qkv, T* out, float* log_sums, const int64_t* starts,            \
+                          int64_t runs, int64_t heads, int64_t kv_heads, int64_t head_size,        \
+                          int64_t window, float scale) {                                           \
+    phi::attention(qkv, out, log_sums, starts, runs, heads, kv_heads, head_size, window,      \
+                        scale);                                                                    \
+  }                                                                                                \
+  void attention_backward_##suffix(const T* qkv, const T* out, const float* log_sums,              \
+                                   const T* d_out, T* d_qkv, const int64_t* starts, int64_t runs,  \
+                                   int64_t heads, int64_t kv_heads, int64_t head_size,             \
+                                   int64_t window, float scale) {                                  \
+    phi::attention_backward(qkv, out, log_sums, d_out, d_qkv, starts, runs, heads, kv_heads,  \
+                                 head_size, window, scale);                                        \
+  }                                                                                                \
+  void adamw_##suffix(int64_t tensors, const int64_t* counts, float* const* weights,               \
+                      const float* const* gradients, float* const* means, float* const* squares,   \
+                      T* const* shadows, const float* decays, float clip, float lr, float beta1,   \
+                      float beta2, float eps, float correction1, float correction2) {              \
+    phi::adamw(tensors, counts, weights, gradients, means, squares, shadows, decays, clip,    \
+                    lr, beta1, beta2, eps, correction1, correction2);                              \
+  }
+
+extern "C" {
+PHIFORGE_EXPORT(float, fp32)
+PHIFORGE_EXPORT(phi::bf16, bf16)
+
+double sum_of_squares(int64_t tensors, const int64_t* counts, const float* const* values) {
+  return phi::sum_of_squares(tensors, counts, values);
+}
+}
