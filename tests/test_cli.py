@@ -26,6 +26,7 @@ COMMANDS = (
     "compare",
     "chat",
     "serve",
+    "convert",
     "doctor",
     "init",
 )
