@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from phiforge import __version__
+from phiforge.bench.command import app as bench_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -25,6 +26,8 @@ app = typer.Typer(
     help="phiforge: everything that makes a small language model that reasons, in one recipe.",
     epilog="First: `phiforge doctor`, then `phiforge run nano`, then `phiforge chat runs/nano-s0`.",
 )
+
+app.add_typer(bench_app, name="bench")
 
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder that holds the run folders.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]

@@ -1,0 +1,129 @@
+"""`phiforge bench engine | train | setup`: the commands, and nothing that needs torch to be shown.
+
+`app` is added to the command line by cli.py. Tables go to standard output, progress to standard
+error; --out writes the JSON to a file.
+"""
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+app = typer.Typer(
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="Measure phiforge beside other programs: same weights, same work, taking turns.",
+    epilog="Example: `phiforge bench engine --size nano --peer transformers`",
+)
+
+SizeOption = Annotated[
+    list[str] | None,
+    typer.Option("--size", help="nano, small-100m or phi-4-layers (GPU); default: all that can."),
+]
+PeerOption = Annotated[
+    list[str] | None,
+    typer.Option("--peer", help="transformers, litgpt, llama.cpp or none; default: all there are."),
+]
+PythonOption = Annotated[
+    list[str] | None,
+    typer.Option(metavar="NAME=PYTHON", help="A Python that has the peer, in place of `setup`'s."),
+]
+RepeatOption = Annotated[int, typer.Option(min=1, help="Rounds that are measured.")]
+ThreadsOption = Annotated[int, typer.Option(min=0, help="Threads of everyone; 0 = one per core.")]
+QuickOption = Annotated[bool, typer.Option(help="Tiny and short: shows that it works, in seconds.")]
+TimeoutOption = Annotated[float, typer.Option(help="Longest wait for one answer, in seconds.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print the result as JSON.")]
+OutOption = Annotated[Path | None, typer.Option(help="Also write the JSON to this file.")]
+
+
+@app.command(epilog="Example: `phiforge bench engine --size small-100m --out engine.json`")
+def engine(
+    size: SizeOption = None,
+    peer: PeerOption = None,
+    peer_python: PythonOption = None,
+    repeat: RepeatOption = 5,
+    threads: ThreadsOption = 0,
+    quick: QuickOption = False,
+    timeout: TimeoutOption = 600.0,
+    json_output: JsonOption = False,
+    out: OutOption = None,
+) -> None:
+    """Decoding: one row, a batch, many short samples, a level of pivotal-token search."""
+    options = (size, peer, peer_python, repeat, threads, quick, timeout)
+    _measure("engine", *options, json_output=json_output, out=out)
+
+
+@app.command(epilog="Example: `phiforge bench train --size nano --peer transformers`")
+def train(
+    size: SizeOption = None,
+    peer: PeerOption = None,
+    peer_python: PythonOption = None,
+    repeat: RepeatOption = 5,
+    threads: ThreadsOption = 0,
+    quick: QuickOption = False,
+    timeout: TimeoutOption = 600.0,
+    json_output: JsonOption = False,
+    out: OutOption = None,
+) -> None:
+    """The training step: the loop of `phiforge.train` beside the peers' loops."""
+    options = (size, peer, peer_python, repeat, threads, quick, timeout)
+    _measure("train", *options, json_output=json_output, out=out)
+
+
+@app.command(epilog="Example: `phiforge bench setup transformers`")
+def setup(
+    peer: Annotated[str, typer.Argument(help="transformers, litgpt or llama.cpp.")],
+) -> None:
+    """Make a peer's environment in the user's cache; installs from PyPI."""
+    from phiforge.bench.environments import setup as make
+
+    print(make(peer))
+
+
+def _measure(
+    task: Any,
+    sizes: list[str] | None,
+    peers: list[str] | None,
+    pythons: list[str] | None,
+    repeat: int,
+    threads: int,
+    quick: bool,
+    timeout: float,
+    *,
+    json_output: bool,
+    out: Path | None,
+) -> None:
+    from phiforge.bench.results import wrong
+    from phiforge.bench.run import Options, run
+    from phiforge.bench.table import text
+
+    options = Options(
+        task=task,
+        sizes=tuple(sizes or ()),
+        peers=tuple(peers or ()),
+        peer_pythons=_pythons(pythons or ()),
+        repeat=repeat,
+        threads=threads,
+        quick=quick,
+        timeout_seconds=timeout,
+    )
+    if out is not None and not out.parent.is_dir():
+        raise typer.BadParameter(f"--out {out}: no folder {out.parent}")
+    result = run(options)
+    written = json.dumps(result, indent=1, ensure_ascii=False)
+    if out is not None:
+        out.write_text(written + "\n", encoding="utf-8")
+    print(written if json_output else text(result))
+    if any(wrong(summary) for summary in result["groups"]):
+        raise typer.Exit(1)
+
+
+def _pythons(pairs: Any) -> dict[str, str]:
+    found = {}
+    for pair in pairs:
+        name, separator, python = pair.partition("=")
+        if not separator or not python:
+            raise typer.BadParameter(f"--peer-python {pair!r}: write it as NAME=PYTHON")
+        found[name] = python
+    return found
