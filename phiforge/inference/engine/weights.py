@@ -64,8 +64,8 @@ class Weights:
     """Everything a runner needs: a copy of the model at one moment.
 
     `dtype` is what activations and the cache are kept in: fp32 or bf16 (bf16 for int8 and int4).
-    A matrix carries its own format; `lm_head` of a tied fp32 or bf16 model shares `embedding`'s
-    memory. `long_rope`: LongRoPE takes its long factors.
+    A matrix carries its own format: the `lm_head` of int4 weights is int8, that of a tied fp32 or
+    bf16 model shares `embedding`'s memory. `long_rope`: LongRoPE takes its long factors.
     """
 
     config: PhiConfig
@@ -97,16 +97,16 @@ def from_model(model: Phi, format: Format | None = None) -> Weights:
     dtype = compute_dtype(chosen)
     parameters = dict(model.named_parameters())
 
-    def matrix(*names: str) -> Matrix:
+    def convert(names: Sequence[str], to: Format) -> Matrix:
         parts = [parameters[name].detach() for name in names]
-        return quantize(parts[0] if len(parts) == 1 else torch.cat(parts), chosen)
+        return quantize(parts[0] if len(parts) == 1 else torch.cat(parts), to)
 
     def vector(name: str) -> Tensor:
         return parameters[name].detach().to(torch.float32, copy=True)
 
     with torch.no_grad():
         embedding = parameters["embedding.weight"].detach().to(dtype, copy=True)
-        return _assemble(model.config, chosen, embedding, matrix, vector, model.max_length)
+        return _assemble(model.config, chosen, embedding, convert, vector, model.max_length)
 
 
 def from_folder(
@@ -132,15 +132,12 @@ def from_folder(
 
         return quantize_rows(read, sum(part.num_rows for part in parts), parts[0].num_inputs, to)
 
-    def matrix(*names: str) -> Matrix:
-        return convert(names, chosen)
-
     def vector(name: str) -> Tensor:
         return rows[name].read().to(device=device, dtype=torch.float32)
 
     embedding = convert(["embedding.weight"], "fp32" if chosen == "fp32" else "bf16").data
     length = config.max_position_embeddings
-    return _assemble(config, chosen, embedding, matrix, vector, length)
+    return _assemble(config, chosen, embedding, convert, vector, length)
 
 
 def _stored_format(rows: Mapping[str, StoredRows]) -> Format:
@@ -167,11 +164,14 @@ def _assemble(
     config: PhiConfig,
     format: Format,
     embedding: Tensor,
-    matrix: Callable[..., Matrix],
+    convert: Callable[[Sequence[str], Format], Matrix],
     vector: Callable[[str], Tensor],
     max_length: int,
 ) -> Weights:
     """The weights, from functions that fetch stacked matrices and norms by parameter names."""
+
+    def matrix(*names: str) -> Matrix:
+        return convert(names, format)
 
     def layer(index: int) -> LayerWeights:
         at = f"layers.{index}."
@@ -189,7 +189,9 @@ def _assemble(
     if tied and format in ("fp32", "bf16"):
         lm_head = Matrix(format, config.vocab_size, config.hidden_size, embedding)
     else:
-        lm_head = matrix("embedding.weight" if tied else "lm_head.weight")
+        # Logits suffer most from 4 bits: an int8 head undoes two fifths of int4's harm.
+        head_format: Format = "int8" if format == "int4" else format
+        lm_head = convert(["embedding.weight" if tied else "lm_head.weight"], head_format)
     return Weights(
         config=config,
         format=format,
