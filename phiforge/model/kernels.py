@@ -4,7 +4,7 @@
 tensors and writes into those named out or d_...; activations are all bf16 or all fp32.
 
 Shapes: n tokens, d model dim, h heads, k kv heads, e head dim, f feed-forward, v vocabulary, r half
-the rotary dimensions, m number of runs (documents in their rows). Sources: core/native/training.cpp.
+the rotary dimensions, m runs (documents in their rows). The C++ is core/native/training.cpp.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from phiforge.model.attention import QueryBlock, attention_bias, block_attention, query_blocks
 from phiforge.model.config import PhiConfig
+from phiforge.model.kernels import Kernels
 from phiforge.model.norm import RMSNorm
 from phiforge.model.rope import inverse_frequencies, rope_table, rotate
 
@@ -138,6 +139,7 @@ class Phi(nn.Module):
         if not config.tie_word_embeddings:
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
         self._compute_dtype: torch.dtype | None = None
+        self.kernels: Kernels | None = None  # while `model.fused` trains it: losses use them too
         self.set_max_length(config.max_position_embeddings)
 
     @torch.no_grad()
@@ -215,9 +217,9 @@ class Phi(nn.Module):
         and the sliding window; it is required with `cache`, as is `positions_bt`. Raises ValueError
         when arguments contradict each other or a row is longer than LongRoPE's factors allow.
         """
-        self._check(token_ids_bt, positions_bt, documents_bt, mask_bts, cache)
+        self.check(token_ids_bt, positions_bt, documents_bt, mask_bts, cache)
         x_btd = F.embedding(token_ids_bt, self.embedding.weight).to(self.compute_dtype)
-        rope = self._rope(token_ids_bt, positions_bt)
+        rope = self.rope(token_ids_bt, positions_bt)
         bias = self._bias(token_ids_bt, documents_bt, mask_bts)
         for layer in self.layers:
             x_btd = layer(x_btd, rope, bias, cache)
@@ -229,7 +231,8 @@ class Phi(nn.Module):
             return F.linear(x_btd, self.embedding.weight.to(x_btd.dtype))
         return self.lm_head(x_btd)
 
-    def _rope(self, token_ids_bt: Tensor, positions_bt: Tensor | None) -> tuple[Tensor, Tensor]:
+    def rope(self, token_ids_bt: Tensor, positions_bt: Tensor | None) -> tuple[Tensor, Tensor]:
+        """cos and sin of the tokens' angles, each [b or 1, t, 1, r] in fp32."""
         if self._frequencies.device != token_ids_bt.device:
             self._frequencies = self._frequencies.to(token_ids_bt.device)
         if positions_bt is None:
@@ -253,7 +256,7 @@ class Phi(nn.Module):
             return query_blocks(mask_bts)
         return attention_bias(mask_bts, self.compute_dtype)
 
-    def _check(
+    def check(
         self,
         token_ids_bt: Tensor,
         positions_bt: Tensor | None,
@@ -261,6 +264,7 @@ class Phi(nn.Module):
         mask_bts: Tensor | None,
         cache: Cache | None,
     ) -> None:
+        """Raises ValueError where `hidden` would: contradicting arguments, rows too long."""
         if cache is not None and (mask_bts is None or positions_bt is None):
             raise ValueError(
                 "Phi: with a cache, pass mask_bts and positions_bt; the model cannot know them"

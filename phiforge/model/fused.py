@@ -1,0 +1,348 @@
+"""The decoder's training pass with own kernels: forward and backward written out, layer by layer.
+
+`with fused(model, kernels) as decoder:` model.hidden(...) goes through `decoder`, and backward puts
+gradients straight into each parameter's .grad (see `Weights`). It writes nothing.
+
+Shapes: b rows, t length, n = b x t tokens, d model dim, f feed-forward, r half the rotary
+dimensions, m runs of tokens that attend to each other (documents in their rows).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from phiforge.model.kernels import Heads, Kernels
+from phiforge.model.phi import Phi
+
+
+class Matrix:
+    """Some matrices below each other: a copy in the compute dtype, and their fp32 gradient.
+
+    Each parameter's `.grad` is its part of `gradient`, so q, k, v and gate, up stay parameters of
+    their own while one product serves them all.
+    """
+
+    def __init__(self, modules: list[nn.Linear], dtype: torch.dtype) -> None:
+        self.parameters = [module.weight for module in modules]
+        shape = (sum(len(p) for p in self.parameters), self.parameters[0].shape[1])
+        self.weight = torch.empty(shape, dtype=dtype)
+        self.gradient = torch.zeros(shape)
+        sizes = [len(p) for p in self.parameters]
+        self.shadows = self.weight.split(sizes)
+        for parameter, gradient in zip(self.parameters, self.gradient.split(sizes), strict=True):
+            parameter.grad = gradient
+
+    def refresh(self) -> None:
+        """Copies the parameters again, after something else than the optimizer changed them."""
+        for parameter, shadow in zip(self.parameters, self.shadows, strict=True):
+            shadow.copy_(parameter.detach())
+
+
+@dataclass(frozen=True)
+class LayerWeights:
+    """One layer: two norms (fp32 parameters) and four fused matrices."""
+
+    attention_norm: nn.Parameter
+    qkv: Matrix
+    output: Matrix
+    mlp_norm: nn.Parameter
+    gate_up: Matrix
+    down: Matrix
+
+
+@dataclass(frozen=True)
+class LayerState:
+    """What one layer's backward pass needs; n tokens each."""
+
+    x_nd: Tensor
+    scale_n: Tensor
+    qkv_nd: Tensor
+    attended_nd: Tensor
+    log_sum_nh: Tensor
+    middle_nd: Tensor
+    middle_scale_n: Tensor
+    gate_up_nf: Tensor
+
+
+@dataclass(frozen=True)
+class Buffers:
+    """Every activation of a pass, and scratch that all layers share."""
+
+    layers: list[LayerState]
+    last_nd: Tensor
+    last_scale_n: Tensor
+    normed_nd: Tensor
+    delta_nd: Tensor
+    heads_nd: Tensor
+    wide_nf: Tensor
+
+    def first(self, num_tokens: int) -> Buffers:
+        """The same memory for a pass of fewer tokens."""
+        return Buffers(
+            [
+                LayerState(*(tensor[:num_tokens] for tensor in vars(layer).values()))
+                for layer in self.layers
+            ],
+            *(tensor[:num_tokens] for name, tensor in vars(self).items() if name != "layers"),
+        )
+
+
+@dataclass(frozen=True)
+class Pass:
+    """The tokens of one pass: ids, where runs start [m + 1], RoPE tables [n, r]."""
+
+    token_ids_n: Tensor
+    starts_m: Tensor
+    cos_nr: Tensor
+    sin_nr: Tensor
+
+
+class FusedDecoder:
+    """The weights in the compute dtype, gradient buffers, and the two passes over them."""
+
+    def __init__(self, model: Phi, kernels: Kernels) -> None:
+        config, dtype = model.config, model.compute_dtype
+        self.model, self.kernels, self.dtype, self.eps = model, kernels, dtype, config.rms_norm_eps
+        window = config.sliding_window
+        self.heads = Heads(config.num_heads, config.num_kv_heads, config.head_size, window)
+        self.layers = [
+            LayerWeights(
+                layer.attention_norm.weight,
+                Matrix([layer.attention.query, layer.attention.key, layer.attention.value], dtype),
+                Matrix([layer.attention.output], dtype),
+                layer.mlp_norm.weight,
+                Matrix([layer.mlp.gate, layer.mlp.up], dtype),
+                Matrix([layer.mlp.down], dtype),
+            )
+            for layer in model.layers
+        ]
+        self.matrices = [
+            matrix
+            for layer in self.layers
+            for matrix in (layer.qkv, layer.output, layer.gate_up, layer.down)
+        ]
+        inside = {id(p) for matrix in self.matrices for p in matrix.parameters}
+        self.others = [p for p in model.parameters() if id(p) not in inside]
+        for parameter in self.others:
+            parameter.grad = torch.zeros_like(parameter)
+        self.scratch = torch.empty(max(m.gradient.numel() for m in self.matrices), dtype=dtype)
+        self.holds_gradients = False
+        self.free: list[Buffers] = []
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Copies every parameter again, after something else than the optimizer changed them."""
+        for matrix in self.matrices:
+            matrix.refresh()
+
+    def shadow(self, parameter: Tensor) -> Tensor | None:
+        """The copy of a parameter in the compute dtype that the optimizer must keep up to date."""
+        for matrix in self.matrices:
+            for own, shadow in zip(matrix.parameters, matrix.shadows, strict=True):
+                if own is parameter:
+                    return shadow
+        return None
+
+    def clear(self) -> None:
+        """Forgets the gradients: the next backward pass overwrites those of matrices."""
+        self.holds_gradients = False
+        for parameter in self.others:
+            assert parameter.grad is not None
+            parameter.grad.zero_()
+
+    def hidden(
+        self,
+        token_ids_bt: Tensor,
+        *,
+        positions_bt: Tensor | None = None,
+        documents_bt: Tensor | None = None,
+        mask_bts: Tensor | None = None,
+        cache: None = None,
+    ) -> Tensor:
+        """As `Phi.hidden`; masks, caches and documents in pieces take the plain layers."""
+        starts_m = None
+        if mask_bts is None and cache is None:
+            starts_m = run_starts(token_ids_bt, documents_bt)
+        if starts_m is None:
+            return Phi.hidden(
+                self.model,
+                token_ids_bt,
+                positions_bt=positions_bt,
+                documents_bt=documents_bt,
+                mask_bts=mask_bts,
+                cache=cache,
+            )
+        self.model.check(token_ids_bt, positions_bt, documents_bt, mask_bts, cache)
+        shape = (*token_ids_bt.shape, -1)
+        cos, sin = (
+            table.expand(*shape[:2], 1, -1).reshape(token_ids_bt.numel(), -1)
+            for table in self.model.rope(token_ids_bt, positions_bt)
+        )
+        tokens = Pass(token_ids_bt.reshape(-1), starts_m, cos, sin)
+        x_nd: Tensor = _Decode.apply(self.model.embedding.weight, self, tokens)  # type: ignore
+        return x_nd.view(shape)
+
+    def forward(self, tokens: Pass, buffers: Buffers) -> Tensor:
+        """The final norm's output [n, d]; `buffers` keep what `backward` needs."""
+        kernels, weights, states = self.kernels, self.layers, buffers.layers
+        normed, delta, wide = buffers.normed_nd, buffers.delta_nd, buffers.wide_nf
+        x_nd = states[0].x_nd
+        kernels.embed(self.model.embedding.weight.detach(), tokens.token_ids_n, x_nd)
+        kernels.norm(x_nd, weights[0].attention_norm, self.eps, normed, states[0].scale_n)
+        out = torch.empty_like(normed)
+        for i, (w, s) in enumerate(zip(weights, states, strict=True)):
+            torch.mm(normed, w.qkv.weight.t(), out=s.qkv_nd)
+            kernels.rope(s.qkv_nd, tokens.cos_nr, tokens.sin_nr, self.heads)
+            kernels.attention(s.qkv_nd, tokens.starts_m, self.heads, s.attended_nd, s.log_sum_nh)
+            torch.mm(s.attended_nd, w.output.weight.t(), out=delta)
+            add = (s.x_nd, delta)
+            kernels.norm(s.middle_nd, w.mlp_norm, self.eps, normed, s.middle_scale_n, add)
+            torch.mm(normed, w.gate_up.weight.t(), out=s.gate_up_nf)
+            kernels.swiglu(s.gate_up_nf, wide)
+            torch.mm(wide, w.down.weight.t(), out=delta)
+            add = (s.middle_nd, delta)
+            if i + 1 < len(states):
+                next_norm, after = weights[i + 1].attention_norm, states[i + 1]
+                kernels.norm(after.x_nd, next_norm, self.eps, normed, after.scale_n, add)
+            else:
+                last_norm = self.model.norm.weight
+                kernels.norm(buffers.last_nd, last_norm, self.eps, out, buffers.last_scale_n, add)
+        return out
+
+    def backward(self, tokens: Pass, buffers: Buffers, d_out_nd: Tensor) -> None:
+        """Adds every parameter's gradient to its .grad; what `buffers` hold is used up."""
+        kernels, rope = self.kernels, (tokens.cos_nr, tokens.sin_nr)
+        normed, d_normed, wide = buffers.normed_nd, buffers.delta_nd, buffers.wide_nf
+        d_heads, d_x = buffers.heads_nd, torch.empty_like(normed)
+        last = (buffers.last_nd, self.model.norm.weight, buffers.last_scale_n)
+        kernels.norm_backward(*last, d_out_nd, None, d_x, normed, _gradient(last[1]))
+        for w, s in zip(reversed(self.layers), reversed(buffers.layers), strict=True):
+            torch.mm(d_x, w.down.weight, out=wide)
+            d_gate_up = s.gate_up_nf
+            kernels.swiglu_backward(s.gate_up_nf, wide, d_gate_up, wide)
+            self._weight_gradient(w.down, d_x, wide)
+            torch.mm(d_gate_up, w.gate_up.weight, out=d_normed)
+            norm = (s.middle_nd, w.mlp_norm, s.middle_scale_n)
+            kernels.norm_backward(*norm, d_normed, d_x, d_x, normed, _gradient(w.mlp_norm))
+            self._weight_gradient(w.gate_up, d_gate_up, normed)
+
+            torch.mm(d_x, w.output.weight, out=d_heads)
+            self._weight_gradient(w.output, d_x, s.attended_nd)
+            d_qkv, found = s.qkv_nd, (s.attended_nd, s.log_sum_nh)
+            kernels.attention_backward(
+                s.qkv_nd, tokens.starts_m, self.heads, *found, d_heads, d_qkv
+            )
+            kernels.rope(d_qkv, *rope, self.heads, back=True)
+            torch.mm(d_qkv, w.qkv.weight, out=d_normed)
+            norm = (s.x_nd, w.attention_norm, s.scale_n)
+            kernels.norm_backward(*norm, d_normed, d_x, d_x, normed, _gradient(w.attention_norm))
+            self._weight_gradient(w.qkv, d_qkv, normed)
+        kernels.embed_backward(d_x, tokens.token_ids_n, _gradient(self.model.embedding.weight))
+        self.holds_gradients = True
+
+    def _weight_gradient(self, matrix: Matrix, d_out_nf: Tensor, x_nd: Tensor) -> None:
+        """matrix.gradient (+)= d_out^T x; a product of bf16 comes in bf16 and is added in fp32."""
+        into, add = matrix.gradient, self.holds_gradients
+        if self.dtype == torch.float32:
+            torch.addmm(into, d_out_nf.t(), x_nd, beta=float(add), out=into)
+            return
+        product = self.scratch[: into.numel()].view(into.shape)
+        torch.mm(d_out_nf.t(), x_nd, out=product)
+        self.kernels.accumulate(product, into, add)
+
+    def borrow(self, num_tokens: int) -> Buffers:
+        """Memory for one pass; give it back to `free` when its backward pass is done."""
+        buffers = self.free.pop() if self.free else None
+        if buffers is None or len(buffers.last_nd) < num_tokens:
+            buffers = self._allocate(num_tokens)
+        return buffers
+
+    def _allocate(self, num_tokens: int) -> Buffers:
+        def make(size: int = 0, dtype: torch.dtype = self.dtype) -> Tensor:
+            return torch.empty((num_tokens, size) if size else (num_tokens,), dtype=dtype)
+
+        config, heads, fp32 = self.model.config, self.heads, torch.float32
+        d, f, wide = config.hidden_size, config.intermediate_size, heads.row_size
+        query = heads.num_heads * heads.head_size
+        layers = [
+            LayerState(
+                *(make(d), make(dtype=fp32), make(wide), make(query)),
+                *(make(heads.num_heads, fp32), make(d), make(dtype=fp32), make(2 * f)),
+            )
+            for _ in self.layers
+        ]
+        return Buffers(layers, make(d), make(dtype=fp32), make(d), make(d), make(query), make(f))
+
+
+class _Decode(torch.autograd.Function):
+    """Joins the two passes to autograd. `anchor` only says that a gradient is wanted."""
+
+    @staticmethod
+    def forward(ctx: Any, anchor: Tensor, decoder: FusedDecoder, tokens: Pass) -> Tensor:
+        memory = decoder.borrow(len(tokens.token_ids_n))
+        out_nd = decoder.forward(tokens, memory.first(len(tokens.token_ids_n)))
+        if ctx.needs_input_grad[0]:
+            ctx.decoder, ctx.tokens, ctx.memory = decoder, tokens, memory
+        else:
+            decoder.free.append(memory)
+        return out_nd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[None, None, None]:
+        decoder, tokens, memory = ctx.decoder, ctx.tokens, ctx.memory
+        if memory is None:
+            raise RuntimeError("the fused decoder's backward pass runs once for each forward pass")
+        ctx.memory = None
+        buffers = memory.first(len(tokens.token_ids_n))
+        decoder.backward(tokens, buffers, gradients[0].contiguous())
+        decoder.free.append(memory)
+        return None, None, None
+
+
+@contextmanager
+def fused(model: Phi, kernels: Kernels) -> Iterator[FusedDecoder]:
+    """Inside the block, `model.hidden` runs on kernels and gradients live in fused buffers.
+
+    The model's weights must change through `FusedDecoder.shadow` or be followed by `refresh`;
+    gradients are those of `backward` on a loss, not of torch.autograd.grad. All parameters are fp32
+    on the CPU and require gradients. Afterwards the model has no gradients.
+    """
+    decoder = FusedDecoder(model, kernels)
+    model.hidden = decoder.hidden  # shadows the method
+    model.kernels = kernels
+    try:
+        yield decoder
+    finally:
+        del model.hidden
+        model.kernels = None
+        for parameter in model.parameters():
+            parameter.grad = None
+
+
+def run_starts(token_ids_bt: Tensor, documents_bt: Tensor | None) -> Tensor | None:
+    """Where each run of tokens of one document begins, and the end: int64 [m + 1].
+
+    None when a document of a row lies in several pieces: its runs would have to see each other.
+    """
+    num_rows, length = token_ids_bt.shape
+    if documents_bt is None:
+        return torch.arange(0, num_rows * length + 1, length)
+    rows_b1 = torch.arange(num_rows)[:, None] << 32
+    keys_n = (documents_bt.long() + rows_b1).flatten()
+    changes = (keys_n[1:] != keys_n[:-1]).nonzero()[:, 0] + 1
+    if len(keys_n.unique()) != len(changes) + 1:
+        return None
+    return torch.cat([changes.new_zeros(1), changes, changes.new_tensor([len(keys_n)])])
+
+
+def _gradient(parameter: Tensor) -> Tensor:
+    assert parameter.grad is not None
+    return parameter.grad
