@@ -33,4 +33,8 @@ class Exec(BaseModel):
     compile: Literal["auto", "on", "off"] = Field(
         default="auto", description="torch.compile in training; auto decides from planned steps."
     )
+    kernels: Literal["auto", "native", "torch"] = Field(
+        default="auto",
+        description="Own C++ kernels in training on a CPU; auto takes them where they compile.",
+    )
     rows: int = Field(default=256, ge=1, description="Most rows the sampling engine runs at once.")

@@ -20,13 +20,14 @@ from torch.distributed.checkpoint.api import CheckpointException
 
 from phiforge.core.files import file_hash, sync_file, sync_folder, write_json
 from phiforge.train.guard import TrainingError
+from phiforge.train.optim import moments
 
 KEEP = 2
 _MANIFEST, _LOOP = "manifest.json", "loop.json"
 
 
 def save(
-    folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, loop: Any, step: int
+    folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, loop: Any, step: int
 ) -> Path:
     """Write folder/step-XXXXXXXX whole or not at all, then drop all but the last two.
 
@@ -95,7 +96,7 @@ def damage(checkpoint: Path) -> str | None:
 def restore(
     folder: Path,
     model: nn.Module,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.AdamW,
     note: Callable[[str], None],
 ) -> dict[str, Any] | None:
     """Load the newest whole checkpoint into model and optimizer; returns its loop state, or None.
@@ -121,7 +122,7 @@ def restore(
     return None
 
 
-def _load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+def _load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Any]:
     tensors = _tensors(model, optimizer)
     try:
         with warnings.catch_warnings():
@@ -137,19 +138,13 @@ def _load(checkpoint: Path, model: nn.Module, optimizer: torch.optim.Optimizer) 
     return json.loads((checkpoint / _LOOP).read_text(encoding="utf-8"))
 
 
-def _tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _tensors(model: nn.Module, optimizer: torch.optim.AdamW) -> dict[str, Tensor]:
     """Every tensor of the state by name: parameters, AdamW's moments (made when absent), RNG."""
     tensors = {"rng": torch.get_rng_state()}
     for name, parameter in model.named_parameters():
         tensors[f"model.{name}"] = parameter.detach()
-        state = optimizer.state[parameter]
-        if not state:
-            # AdamW makes these in its first step; loading needs them before.
-            state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
-            state["exp_avg"] = torch.zeros_like(parameter)
-            state["exp_avg_sq"] = torch.zeros_like(parameter)
-        for key in ("step", "exp_avg", "exp_avg_sq"):
-            tensors[f"optimizer.{name}.{key}"] = state[key]
+        for key, value in moments(optimizer, parameter).items():
+            tensors[f"optimizer.{name}.{key}"] = value
     return tensors
 
 

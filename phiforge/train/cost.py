@@ -10,7 +10,10 @@ import shutil
 import torch
 
 from phiforge.core.config import Exec
+from phiforge.core.usage import UsageError
+from phiforge.model import kernels
 from phiforge.model.config import PhiConfig
+from phiforge.model.kernels import Kernels
 
 FLOPS_FORMULA = "6 x matrix parameters x tokens + 6 x layers x heads x head_dim x context x tokens"
 
@@ -57,3 +60,24 @@ def choose_compile(
     if not any(map(shutil.which, ("g++", "clang++", "c++"))):
         return False, "no C++ compiler found (g++, clang++ or c++)"
     return True, f"exec.compile is {exec.compile}, {planned_flops:.2g} planned FLOPs"
+
+
+def choose_kernels(exec: Exec, device: torch.device, compiled: bool) -> tuple[Kernels | None, str]:
+    """Own kernels or None, and why; a function of settings and machine.
+
+    Raises UsageError when exec.kernels is "native" and they cannot be had.
+    """
+    if exec.kernels == "torch":
+        return None, "exec.kernels is torch"
+    found = why = None
+    if device.type != "cpu":
+        why = "they are for the CPU"
+    elif compiled:
+        why = "the layers are compiled"
+    else:
+        found, why = kernels.load(), kernels.unavailable()
+    if found is not None:
+        return found, f"exec.kernels is {exec.kernels}"
+    if exec.kernels == "native":
+        raise UsageError(f"exec.kernels is native, but there are none here: {why}; set auto")
+    return None, f"no own kernels: {why}"

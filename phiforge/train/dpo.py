@@ -139,7 +139,7 @@ def preference_loss(
         rows_nd = torch.nn.functional.embedding(batch.target_n, weight_vd).float()
         value_n = (x_nd * rows_nd).sum(dim=-1)
     else:
-        value_n = -token_losses(x_nd, weight_vd, batch.target_n)
+        value_n = -token_losses(x_nd, weight_vd, batch.target_n, model.kernels)
     sums_s = _by_side(value_n, batch)
     lengths_s = _by_side(torch.ones_like(value_n), batch)
     p = batch.num_pairs
@@ -159,7 +159,8 @@ def preference_loss(
 def completion_logprobs(model: Phi, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """Summed log-probabilities of the chosen and of the rejected sides, each [p] in fp32."""
     x_nd = _completion_states(model, batch)
-    sums_s = _by_side(-token_losses(x_nd, head_weight(model), batch.target_n), batch)
+    value_n = -token_losses(x_nd, head_weight(model), batch.target_n, model.kernels)
+    sums_s = _by_side(value_n, batch)
     return sums_s[: batch.num_pairs], sums_s[batch.num_pairs :]
 
 

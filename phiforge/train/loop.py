@@ -21,13 +21,16 @@ from torch import Tensor
 from phiforge.core.distributed import resolve_device, resolve_dtype, set_threads
 from phiforge.core.progress import Bar
 from phiforge.core.store import Metrics, StageDir, differences
+from phiforge.model.fused import fused
+from phiforge.model.kernels import Kernels
 from phiforge.model.phi import Phi
 from phiforge.train import checkpoint
 from phiforge.train.batch import StepBatch
-from phiforge.train.cost import FLOPS_FORMULA, choose_compile, flops_per_token
+from phiforge.train.cost import FLOPS_FORMULA, choose_compile, choose_kernels, flops_per_token
 from phiforge.train.guard import Guard
 from phiforge.train.losses import LossSum
-from phiforge.train.optim import OptimConfig, clip, lr_at, make_optimizer, set_lr
+from phiforge.train.optim import OptimConfig, lr_at, make_optimizer
+from phiforge.train.update import FusedUpdate, TorchUpdate, Update
 
 Validate = Callable[[Phi], Mapping[str, float]]
 
@@ -77,7 +80,8 @@ class Progress:
     """What a checkpoint remembers besides tensors; every number is a total since step 0."""
 
     guard: Guard
-    compiled: bool
+    compiled: bool = False
+    kernels: Kernels | None = None
     step: int = 0
     tokens: int = 0
     flops: float = 0.0
@@ -109,7 +113,6 @@ def train(
     model.to(device)
     model.compute_dtype = resolve_dtype(config.dtype)
     optimizer = make_optimizer(model, config)
-    parameters = [p for p in model.parameters() if p.requires_grad]
     token_flops = flops_per_token(model.config, context)
     state = _start(
         model, config, optimizer, out, device, token_flops * planned_tokens, fixed_shapes
@@ -117,7 +120,7 @@ def train(
 
     with (
         _deterministic(device),
-        _compiled(model, state.compiled),
+        _prepared(model, optimizer, state) as update,
         out.progress(steps, "step") as bar,
     ):
         bar.start_at(state.step)
@@ -125,15 +128,14 @@ def train(
             started = time.perf_counter()
             step_batch = batch(step)
             total, sums = _forward_backward(model, loss, step_batch, device)
-            grad_norm = clip(parameters, config.clip)
+            grad_norm = update.clip(config.clip)
             mean_loss, norm = (total / step_batch.num_units).item(), grad_norm.item()
             last = checkpoint.describe_last(_folder(out))
             taken = state.guard.check(step, mean_loss, norm, last)
             lr = lr_at(step, steps, config)
             if taken:
-                set_lr(optimizer, lr)
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
+                update.step(lr)
+            update.clear()
 
             _count(state, step_batch, token_flops, time.perf_counter() - started)
             fields = {name: (s / step_batch.num_units).item() for name, s in sums.items()}
@@ -142,7 +144,7 @@ def train(
                 out.log(step=state.step, **_validate(model, validate))
             if state.step % config.checkpoint_every == 0 or state.step == steps:
                 _save(out, model, optimizer, state, config)
-    final = _validate(model, validate) if validate else {}
+        final = _validate(model, validate) if validate else {}
     if final:
         out.log(step=state.step, **final)
     return {**_metrics(state), **final}
@@ -166,7 +168,7 @@ def _forward_backward(
 def _start(
     model: Phi,
     config: LoopConfig,
-    optimizer: torch.optim.Optimizer,
+    optimizer: torch.optim.AdamW,
     out: StageDir,
     device: torch.device,
     planned_flops: float,
@@ -174,12 +176,13 @@ def _start(
 ) -> Progress:
     """Progress at the first step to run: fresh, or as the newest checkpoint has it."""
     guard = Guard(config.spike_sigma, config.spike_window, config.max_skipped)
-    state = Progress(guard, compiled=False, exec=_exec_fields(out))
+    state = Progress(guard, exec=_exec_fields(out))
     saved = checkpoint.restore(_folder(out), model, optimizer, out.note)
     out.metrics_log.rewind("step", saved["step"] if saved else 0)
     if saved is None:
         state.compiled, why = choose_compile(out.exec, device, planned_flops, fixed_shapes)
         out.note(f"{'compiled' if state.compiled else 'not compiled'}: {why}")
+        _choose_kernels(state, out, device, None)
         return state
     changed = differences(saved["config"], config.model_dump(mode="json"))
     if changed:
@@ -191,13 +194,26 @@ def _start(
     for name in ("compiled", "step", "tokens", "flops", "seconds"):
         setattr(state, name, saved[name])
     out.note(f"resumed at step {state.step}{', compiled' if state.compiled else ''}")
+    _choose_kernels(state, out, device, saved["exec"].setdefault("kernels", "torch"))
     for line in differences(saved["exec"], state.exec):
         out.note(f"exec changed since the checkpoint, so bits may differ: {line}")
     return state
 
 
+def _choose_kernels(
+    state: Progress, out: StageDir, device: torch.device, saved: str | None
+) -> None:
+    """Own kernels or torch; with auto, a run that began with torch goes on with it."""
+    if saved == "torch" and out.exec.kernels == "auto":
+        state.kernels, why = None, "as before the checkpoint"
+    else:
+        state.kernels, why = choose_kernels(out.exec, device, state.compiled)
+    state.exec["kernels"] = state.kernels.name if state.kernels else "torch"
+    out.note(f"kernels: {state.exec['kernels']} ({why})")
+
+
 def _save(
-    out: StageDir, model: Phi, optimizer: torch.optim.Optimizer, state: Progress, config: LoopConfig
+    out: StageDir, model: Phi, optimizer: torch.optim.AdamW, state: Progress, config: LoopConfig
 ) -> None:
     loop = {
         "step": state.step,
@@ -259,6 +275,7 @@ def _metrics(state: Progress) -> Metrics:
         "flops_formula": FLOPS_FORMULA,
         "skipped_steps": state.guard.skipped,
         "compiled": state.compiled,
+        "kernels": state.exec["kernels"],
     }
 
 
@@ -276,14 +293,18 @@ def _exec_fields(out: StageDir) -> dict[str, Any]:
 
 
 @contextmanager
-def _compiled(model: Phi, on: bool) -> Iterator[None]:
-    """Run the decoder (all but the head, whose loss is chunked) compiled for the block."""
-    if on:
+def _prepared(model: Phi, optimizer: torch.optim.AdamW, state: Progress) -> Iterator[Update]:
+    """For the block the decoder (all but the head, whose loss is chunked) runs as was chosen."""
+    if state.kernels is not None:
+        with fused(model, state.kernels) as decoder:
+            yield FusedUpdate(optimizer, decoder)
+        return
+    if state.compiled:
         model.hidden = torch.compile(model.hidden, dynamic=False)  # shadows the method
     try:
-        yield
+        yield TorchUpdate(optimizer)
     finally:
-        if on:
+        if state.compiled:
             del model.hidden
 
 

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from phiforge.model.kernels import Kernels
 from phiforge.model.phi import Phi
 
 IGNORE = -100
@@ -45,81 +46,147 @@ def chunk_tokens(vocab_size: int, device: torch.device) -> int:
     return max(_MIN_CHUNK_TOKENS, _CHUNK_LOGITS.get(device.type, 2**21) // vocab_size)
 
 
-def cross_entropy_sum(x_nd: Tensor, weight_vd: Tensor, targets_n: Tensor) -> Tensor:
+def cross_entropy_sum(
+    x_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, kernels: Kernels | None = None
+) -> Tensor:
     """Sum of -log p(target) over the targets that are not -100, in fp32: a scalar.
 
     Logits are x times the head, multiplied in the dtype of `x_nd`, softmax in fp32. Gradients are
     made in the forward pass, chunk by chunk, while the logits are in the cache: no recomputation,
     and never more than one chunk of logits. The result can be scaled, not differentiated twice.
     """
-    total: Tensor = _CrossEntropySum.apply(x_nd, weight_vd, targets_n)  # type: ignore[assignment]
-    return total
+    found: Tensor = _CrossEntropySum.apply(  # type: ignore[assignment]
+        x_nd, weight_vd, targets_n, kernels
+    )
+    return found
 
 
 class _CrossEntropySum(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_nd: Tensor, weight_vd: Tensor, targets_n: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, kernels: Kernels | None
+    ) -> Tensor:
         weight = weight_vd.to(x_nd.dtype)
         total = torch.zeros((), dtype=torch.float32, device=x_nd.device)
         train = any(ctx.needs_input_grad[:2])
         if train:
             grad_x_nd = torch.zeros_like(x_nd)
-            grad_weight_vd = torch.zeros_like(weight_vd, dtype=torch.float32)
+            grad_weight = _Sum(weight_vd, kernels)
         for rows, x_cd, targets_c in _valid_chunks(x_nd, targets_n, len(weight)):
-            log_p_cv = F.log_softmax(x_cd @ weight.t(), dim=-1, dtype=torch.float32)
-            total -= log_p_cv.gather(1, targets_c[:, None]).sum()
+            logits_cv = x_cd @ weight.t()
+            loss_c, error_cv = _loss_and_error(logits_cv, targets_c, None, train, kernels)
+            total += loss_c.sum()
             if train:
-                error_cv = _minus_one_hot(log_p_cv.exp_(), targets_c).to(x_nd.dtype)
                 _put(grad_x_nd, rows, error_cv @ weight)
-                grad_weight_vd += error_cv.t() @ x_cd
+                grad_weight.add(error_cv.t() @ x_cd)
         if train:
-            ctx.save_for_backward(grad_x_nd, grad_weight_vd)
+            ctx.gradients = grad_x_nd, grad_weight.value()
             ctx.weight_dtype = weight_vd.dtype
         return total
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        grad_x_nd, grad_weight_vd = ctx.saved_tensors
-        scale = gradients[0]
-        return grad_x_nd * scale, (grad_weight_vd * scale).to(ctx.weight_dtype), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        if ctx.gradients is None:
+            raise RuntimeError("this loss has been differentiated: its gradients are used up")
+        grad_x_nd, grad_weight_vd = (gradient.mul_(gradients[0]) for gradient in ctx.gradients)
+        ctx.gradients = None
+        return grad_x_nd, grad_weight_vd.to(ctx.weight_dtype), None, None
 
 
-def token_losses(x_nd: Tensor, weight_vd: Tensor, targets_n: Tensor) -> Tensor:
+def token_losses(
+    x_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, kernels: Kernels | None = None
+) -> Tensor:
     """-log p(target) of each token, [n] in fp32; 0 where the target is -100.
 
     As `cross_entropy_sum`, but each token's gradient may have its own size, so the backward pass
     computes each chunk of logits again.
     """
-    losses_n: Tensor = _TokenLosses.apply(x_nd, weight_vd, targets_n)  # type: ignore[assignment]
-    return losses_n
+    found: Tensor = _TokenLosses.apply(  # type: ignore[assignment]
+        x_nd, weight_vd, targets_n, kernels
+    )
+    return found
 
 
 class _TokenLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x_nd: Tensor, weight_vd: Tensor, targets_n: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, x_nd: Tensor, weight_vd: Tensor, targets_n: Tensor, kernels: Kernels | None
+    ) -> Tensor:
         weight = weight_vd.to(x_nd.dtype)
         losses_n = torch.zeros(len(x_nd), dtype=torch.float32, device=x_nd.device)
         for rows, x_cd, targets_c in _valid_chunks(x_nd, targets_n, len(weight)):
-            log_p_cv = F.log_softmax(x_cd @ weight.t(), dim=-1, dtype=torch.float32)
-            _put(losses_n, rows, -log_p_cv.gather(1, targets_c[:, None])[:, 0])
+            logits_cv = x_cd @ weight.t()
+            loss_c, _ = _loss_and_error(logits_cv, targets_c, None, False, kernels)
+            _put(losses_n, rows, loss_c)
         ctx.save_for_backward(x_nd, weight_vd, targets_n)
+        ctx.kernels = kernels
         return losses_n
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x_nd, weight_vd, targets_n = ctx.saved_tensors
-        grad_n = gradients[0]
+        scale_n = gradients[0]
         weight = weight_vd.to(x_nd.dtype)
         grad_x_nd = torch.zeros_like(x_nd)
-        grad_weight_vd = torch.zeros_like(weight_vd, dtype=torch.float32)
+        grad_weight = _Sum(weight_vd, ctx.kernels)
         for rows, x_cd, targets_c in _valid_chunks(x_nd, targets_n, len(weight)):
-            p_cv = F.softmax(x_cd @ weight.t(), dim=-1, dtype=torch.float32)
-            error_cv = _minus_one_hot(p_cv, targets_c).mul_(grad_n[rows][:, None]).to(x_nd.dtype)
+            logits_cv = x_cd @ weight.t()
+            scale_c = scale_n[rows].contiguous()
+            _, error_cv = _loss_and_error(logits_cv, targets_c, scale_c, True, ctx.kernels)
             _put(grad_x_nd, rows, error_cv @ weight)
-            grad_weight_vd += error_cv.t() @ x_cd
-        return grad_x_nd, grad_weight_vd.to(weight_vd.dtype), None
+            grad_weight.add(error_cv.t() @ x_cd)
+        return grad_x_nd, grad_weight.value().to(weight_vd.dtype), None, None
+
+
+def _loss_and_error(
+    logits_cv: Tensor,
+    targets_c: Tensor,
+    scale_c: Tensor | None,
+    train: bool,
+    kernels: Kernels | None,
+) -> tuple[Tensor, Tensor]:
+    """-log softmax at the targets [c], and with `train` its gradient for the logits (x scale).
+
+    The gradient has the logits' dtype; kernels write it over them.
+    """
+    if kernels is not None:
+        loss_c = torch.empty(len(targets_c), dtype=torch.float32)
+        if train:
+            kernels.cross_entropy(logits_cv, targets_c, loss_c, scale_c)
+        else:
+            kernels.token_loss(logits_cv, targets_c, loss_c)
+        return loss_c, logits_cv
+    log_p_cv = F.log_softmax(logits_cv, dim=-1, dtype=torch.float32)
+    loss_c = -log_p_cv.gather(1, targets_c[:, None])[:, 0]
+    if not train:
+        return loss_c, logits_cv
+    error_cv = _minus_one_hot(log_p_cv.exp_(), targets_c)
+    if scale_c is not None:
+        error_cv.mul_(scale_c[:, None])
+    return loss_c, error_cv.to(logits_cv.dtype)
+
+
+class _Sum:
+    """The gradient of a matrix in fp32, added up chunk by chunk without a first pass of zeros."""
+
+    def __init__(self, like: Tensor, kernels: Kernels | None) -> None:
+        self.like, self.kernels = like, kernels
+        self.sum: Tensor | None = None
+
+    def add(self, chunk: Tensor) -> None:
+        if self.sum is None:
+            self.sum = chunk.float()
+        elif self.kernels is None:
+            self.sum += chunk
+        else:
+            self.kernels.accumulate(chunk, self.sum, add=True)
+
+    def value(self) -> Tensor:
+        if self.sum is None:
+            return torch.zeros_like(self.like, dtype=torch.float32)
+        return self.sum
 
 
 def _valid_chunks(

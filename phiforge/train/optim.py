@@ -110,7 +110,23 @@ def clip(parameters: Iterable[Tensor], max_norm: float) -> Tensor:
     caller's to find.
     """
     parameters = [p for p in parameters if p.grad is not None]
-    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None], foreach=True)
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    norm = nn.utils.get_total_norm(gradients, foreach=True)
     if max_norm > 0:
-        nn.utils.clip_grads_with_norm_(parameters, max_norm, norm, foreach=True)
+        torch._foreach_mul_(gradients, clip_factor(norm, max_norm))
     return norm
+
+
+def clip_factor(norm: Tensor, max_norm: float) -> Tensor:
+    """What gradients are multiplied by; as torch's own clipping, 1e-6 away from a division by 0."""
+    return (max_norm / (norm + 1e-6)).clamp(max=1.0)
+
+
+def moments(optimizer: torch.optim.AdamW, parameter: Tensor) -> dict[str, Tensor]:
+    """AdamW's state of a parameter, made when absent: AdamW itself waits for its first step."""
+    state = optimizer.state[parameter]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        state["exp_avg"] = torch.zeros_like(parameter)
+        state["exp_avg_sq"] = torch.zeros_like(parameter)
+    return state

@@ -193,8 +193,8 @@ def language_model_loss(model: Phi, rows: Rows) -> LossSum:
     x_btd = model.hidden(
         rows.token_ids_bt, positions_bt=rows.positions_bt, documents_bt=rows.documents_bt
     )
-    total = cross_entropy_sum(x_btd.flatten(0, 1), head_weight(model), rows.targets_bt.flatten())
-    return LossSum(total)
+    x_nd, targets_n = x_btd.flatten(0, 1), rows.targets_bt.flatten()
+    return LossSum(cross_entropy_sum(x_nd, head_weight(model), targets_n, model.kernels))
 
 
 def loader_step(loader: Loader, exec: Exec, step: int) -> StepBatch:

@@ -79,7 +79,8 @@ def _count(model: Phi, rows: Rows, bytes_v: Tensor) -> list[float]:
         rows.token_ids_bt, positions_bt=rows.positions_bt, documents_bt=rows.documents_bt
     )
     targets_n = rows.targets_bt.flatten()
-    losses_n = token_losses(x_btd.flatten(0, 1), head_weight(model), targets_n).double()
+    losses_n = token_losses(x_btd.flatten(0, 1), head_weight(model), targets_n, model.kernels)
+    losses_n = losses_n.double()
     valid_n = targets_n != IGNORE
     bytes_n = bytes_v.to(targets_n.device)[targets_n.clamp(min=0)] * valid_n
     sums = (losses_n.sum(), valid_n.sum(), losses_n[bytes_n > 0].sum(), bytes_n.sum())
