@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from phiforge.bench.models import path_prefixes, random_prompts, write_gguf, write_model
 from phiforge.bench.plan import OURS, Comparison, Entrant, Group, Work
-from phiforge.bench.roofline import BYTES_PER_WEIGHT, decode_shapes
+from phiforge.bench.roofline import decode_shapes
 from phiforge.model.config import PhiConfig
 
 FORMATS = ("bf16", "fp32", "int8", "int4")
@@ -289,7 +289,7 @@ def _ours(
         OURS,
         {"model": str(folder), "threads": setting.threads, "device": device, **options},
         dtype="fp32" if format == "fp32" else "bf16",
-        bytes_per_weight=BYTES_PER_WEIGHT[format],
+        format=format,
     )
 
 
@@ -309,7 +309,7 @@ def _transformers(
         "transformers",
         {"model": str(folder), "threads": setting.threads, "device": device, **settings},
         dtype=dtype,
-        bytes_per_weight=BYTES_PER_WEIGHT[dtype],
+        format=dtype,
     )
 
 
@@ -328,7 +328,7 @@ def _llama(
                 "llama.cpp",
                 {**settings, "rows": rows, "tokens_per_row": tokens_per_row},
                 dtype="fp32" if kind == "f32" else "bf16",
-                bytes_per_weight=BYTES_PER_WEIGHT[format],
+                format=format,
             )
         )
     return entrants

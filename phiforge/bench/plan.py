@@ -21,15 +21,15 @@ class Entrant:
     """One contestant of a group: a row of the table.
 
     `program` is "phiforge" or a peer's name, `settings` go with its "prepare" request, `dtype` is
-    what its matrices multiply in (whose measured rate limits it), `bytes_per_weight` what a decode
-    step reads. `works` are the names of the works it takes part in, None for all.
+    what its matrices multiply in (whose measured rate limits it), `format` what the weights are kept
+    in, which a decode step reads. `works` are the names of the works it takes part in, None for all.
     """
 
     label: str
     program: str
     settings: Mapping[str, Any]
     dtype: Literal["fp32", "bf16"]
-    bytes_per_weight: float = 0.0
+    format: str = "fp32"
     works: tuple[str, ...] | None = None
 
     def takes(self, work: str) -> bool:

@@ -144,7 +144,7 @@ def _limit(
         group.config,
         work.rows,
         work.context,
-        entrant.bytes_per_weight,
+        entrant.format,
         limits["bytes_per_second"],
         peak,
     )

@@ -16,9 +16,15 @@ DECODE_FORMULA = (
     "2 x matrix parameters + 4 x layers x heads x head_dim x mean context, per token; "
     "bytes of a step: matrix parameters x bytes per weight (the cache is not counted)"
 )
-# Bytes of one weight with its share of the scales: int8 has one scale a row, int4 bf16 ones per 32,
-# llama.cpp's q8_0 fp16 ones per 32.
-BYTES_PER_WEIGHT = {"fp32": 4.0, "bf16": 2.0, "int8": 1.0, "int4": 0.5625, "q8_0": 1.0625}
+# Bytes of one weight with its share of the scales, in the layers and in the head: int8 has one
+# scale a row, int4 a bf16 one per 32 weights and a head in int8, llama.cpp's q8_0 fp16 ones per 32.
+_BYTES = {
+    "fp32": (4.0, 4.0),
+    "bf16": (2.0, 2.0),
+    "int8": (1.0, 1.0),
+    "int4": (0.5625, 1.0),
+    "q8_0": (1.0625, 1.0625),
+}
 _LIMIT_ROWS = 512  # rows at which the engine's matmul rate is measured: enough to be bound by it
 
 
@@ -36,16 +42,23 @@ def decode_flops(config: PhiConfig, context: float) -> float:
     return 2.0 * matrix_parameters(config) + attention
 
 
+def weight_bytes(config: PhiConfig, format: str) -> float:
+    """Bytes of the matrices that a decode step reads, in a format."""
+    layers, head = _BYTES[format]
+    num_head = config.vocab_size * config.hidden_size
+    return layers * (matrix_parameters(config) - num_head) + head * num_head
+
+
 def decode_limit(
     config: PhiConfig,
     rows: int,
     context: float,
-    bytes_per_weight: float,
+    format: str,
     bytes_per_second: float,
     flops_per_second: float,
 ) -> Limit:
     """The roofline of decoding `rows` rows together: each step reads every matrix once."""
-    reading = matrix_parameters(config) * bytes_per_weight / bytes_per_second
+    reading = weight_bytes(config, format) / bytes_per_second
     computing = rows * decode_flops(config, context) / flops_per_second
     bound = "memory" if reading > computing else "matmul"
     return Limit(rows / max(reading, computing), bound)
