@@ -1,25 +1,38 @@
 """The plain way to sample: every step recomputes the whole row, alone, from nothing.
 
 `plain_generate(engine, prompt, index, ...)` is what the engine must return, token for token; the
-kernels are the engine's own, without its cache, batches, shared prefixes and refilled rows.
+kernels are the engine's own, without its batches, shared prefixes, chunks and put-off rows.
 """
 
+import functools
+import math
+
+import numpy as np
+import pytest
 import torch
 
-from phiforge.inference.engine.cache import KVCache, round_slots
-from phiforge.inference.engine.forward import Fused, round_rows
+from phiforge.core.native.build import unavailable
+from phiforge.inference.engine import Engine
+from phiforge.inference.engine.runner import BLOCK, Pass, Runner, make_runner
 from phiforge.inference.engine.sample import (
     BLOCK_STEPS,
+    Laws,
     draw,
     prompt_digest,
     stream_key,
     token_logprobs,
     uniforms,
 )
+from phiforge.inference.engine.weights import from_model
 from phiforge.inference.interface import Sampling
 from phiforge.model.config import PhiConfig
 from phiforge.model.phi import Phi
 
+NO_NATIVE = unavailable("decoder")
+KERNELS = [
+    "torch",
+    pytest.param("native", marks=pytest.mark.skipif(NO_NATIVE is not None, reason=str(NO_NATIVE))),
+]
 CONFIG = PhiConfig(
     vocab_size=300,
     hidden_size=48,
@@ -60,36 +73,55 @@ def make_model(dtype: torch.dtype = torch.float32, seed: int = 0, **changes) -> 
     return model.to(dtype)
 
 
+@functools.lru_cache(maxsize=4)
+def plain_runner(model: Phi, kernels: str, weights: str | None) -> Runner:
+    """A runner of its own, with a cache for one row."""
+    return make_runner(from_model(model, weights), "exact", kernels)
+
+
 @torch.inference_mode()
 def plain_generate(
-    model: Phi,
+    engine: Engine,
     prompt: tuple[int, ...],
     index: int = 0,
     seed: int = 0,
-    stop_ids: frozenset[int] = Letters.stop_ids,
+    forced: tuple[int, ...] = (),
+    mask=lambda drawn: None,
     **settings,
 ) -> tuple[tuple[int, ...], tuple[float, ...]]:
     """(token ids, log-probabilities) of one sample; stop strings are not looked at."""
-    fused = Fused(model, exact=True)
+    runner = plain_runner(engine.model, engine.kernels, engine.weights)
     sampling = Sampling(**settings)
     key = stream_key(prompt_digest(seed, prompt), index)
     row, logprobs = list(prompt), []
-    for step in range(min(sampling.max_tokens, fused.context - len(prompt))):
-        logits_bv = fused.logits(plain_hidden(fused, row)[-1:])
-        u = uniforms(key, step // BLOCK_STEPS)[step % BLOCK_STEPS]
-        ids_b, finite_b = draw(logits_bv, sampling, torch.tensor([u], dtype=torch.float64))
-        assert finite_b.all()
+    for step in range(min(sampling.max_tokens, runner.context - len(prompt))):
+        logits_bv = runner.logits(plain_hidden(runner, row)[-1:])
+        if step < len(forced):
+            ids_b = torch.tensor([forced[step]])
+        else:
+            allowed = mask(tuple(row[len(prompt) :]))
+            masked = logits_bv.clone()
+            if allowed is not None:
+                masked[0, torch.from_numpy(~allowed)] = -math.inf
+            u = uniforms(key, step // BLOCK_STEPS)[step % BLOCK_STEPS : step % BLOCK_STEPS + 1]
+            ids_b, finite_b = draw(masked, Laws.of(sampling, 1), u)
+            assert finite_b.all()
         row.append(int(ids_b[0]))
         logprobs.append(float(token_logprobs(logits_bv, ids_b)[0]))
-        if row[-1] in stop_ids:
+        if row[-1] in engine.tokenizer.stop_ids:
             break
     return tuple(row[len(prompt) :]), tuple(logprobs)
 
 
-def plain_hidden(fused: Fused, row: list[int]) -> torch.Tensor:
-    """x [t, d] of a whole row, computed in one piece."""
-    ids = torch.tensor([row + [0] * (round_rows(len(row)) - len(row))])
-    positions = torch.arange(ids.shape[1])[None]
-    slots = round_slots(ids.shape[1])
-    cache = KVCache(fused.config, 1, slots, fused.dtype, fused.device)
-    return fused.hidden(ids, positions, cache, slots)[0, : len(row)]
+def plain_hidden(runner: Runner, row: list[int]) -> torch.Tensor:
+    """x [t, d] of a whole row, computed in one pass over an empty cache."""
+    num_blocks = -(-len(row) // BLOCK)
+    runner.allocate(num_blocks + 1)
+    return runner.forward(
+        Pass(
+            np.array(row, np.int32),
+            np.arange(len(row), dtype=np.int32),
+            np.array([0, len(row)], np.int32),
+            np.arange(1, num_blocks + 1, dtype=np.int32)[None],
+        )
+    )

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from plain_loop import Letters, make_model, plain_generate
+from plain_loop import KERNELS, Letters, make_model, plain_generate
 
 from phiforge.inference.engine import Engine, NonFiniteLogits
 from phiforge.inference.interface import Request
@@ -14,7 +14,8 @@ PATH = tuple(range(30, 110))
 
 
 def engine(dtype=torch.float32, rows=256, **changes) -> Engine:
-    limits = {key: changes.pop(key) for key in ("mode", "max_cache_tokens") if key in changes}
+    names = ("mode", "max_cache_tokens", "kernels", "weights")
+    limits = {key: changes.pop(key) for key in names if key in changes}
     return Engine(make_model(dtype, **changes), Letters(), rows=rows, **limits)
 
 
@@ -22,31 +23,37 @@ def tokens(completions):
     return [[completion.token_ids for completion in of_prompt] for of_prompt in completions]
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_cached_and_batched_equal_the_plain_loop(dtype, temperature):
+def test_cached_and_batched_equal_the_plain_loop(dtype, temperature, kernels):
     prompts = ["one", "the second, longer", PATH[:50], PATH[:51], PATH, (*PATH[:60], 7, 8)]
-    mine = engine(dtype)
+    mine = engine(dtype, kernels=kernels)
     ids = [tuple(mine.tokenizer.encode(p)) if isinstance(p, str) else p for p in prompts]
     n = 3 if temperature else 1
     settings = {"max_tokens": 20, "temperature": temperature}
     found = mine.generate(prompts, n=n, seed=3, logprobs=True, **settings)
     for prompt, completions in zip(ids, found, strict=True):
         for index, completion in enumerate(completions):
-            expected, logprobs = plain_generate(mine.model, prompt, index, seed=3, **settings)
+            expected, logprobs = plain_generate(mine, prompt, index, seed=3, **settings)
             assert completion.token_ids == expected
             assert completion.logprobs == logprobs
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_rows_and_memory_never_change_results(dtype):
+def test_rows_and_memory_never_change_results(dtype, kernels):
     prompts = [PATH[:i] for i in (3, 33, 64, 65)] + ["shared" * 8 + x for x in "ab"]
     model = make_model(dtype)
-    reference = tokens(Engine(model, Letters()).generate(prompts, n=3, max_tokens=8))
-    for rows, bound in [(1, None), (5, None), (17, 2000), (256, 512)]:
-        other = Engine(model, Letters(), rows=rows, max_cache_tokens=bound)
+    reference = tokens(
+        Engine(model, Letters(), kernels=kernels).generate(prompts, n=3, max_tokens=8)
+    )
+    for rows, bound in [(1, None), (5, None), (17, 2000), (256, 512), (256, 128)]:
+        other = Engine(model, Letters(), rows=rows, max_cache_tokens=bound, kernels=kernels)
         assert tokens(other.generate(prompts, n=3, max_tokens=8)) == reference
-    backwards = Engine(model, Letters(), rows=6).generate(prompts[::-1], n=3, max_tokens=8)
+    backwards = Engine(model, Letters(), rows=6, kernels=kernels).generate(
+        prompts[::-1], n=3, max_tokens=8
+    )
     assert tokens(backwards)[::-1] == reference
 
 
@@ -55,7 +62,7 @@ def test_other_shapes_equal_the_plain_loop(changes):
     mine = engine(head_dim=16, **changes)
     (found,) = mine.generate([PATH[:45]], n=2, max_tokens=15)
     for index in range(2):
-        expected, _ = plain_generate(mine.model, PATH[:45], index, max_tokens=15)
+        expected, _ = plain_generate(mine, PATH[:45], index, max_tokens=15)
         assert found[index].token_ids == expected
 
 
@@ -107,7 +114,9 @@ def test_a_shared_prefix_is_computed_once():
     mine.generate([PATH[:i] for i in range(40, 81)], n=3, max_tokens=2)
     assert mine.num_prefilled_tokens == 80
     mine.generate([(*PATH[:64], i) for i in range(10)], n=3, max_tokens=2)
-    assert mine.num_prefilled_tokens == 80 + 64 + 10
+    assert mine.num_prefilled_tokens == 80 + 10
+    mine.generate([(*PATH[:64], 7, i) for i in range(10)], n=3, max_tokens=2)
+    assert mine.num_prefilled_tokens == 80 + 10 + 10
 
 
 def test_stop_token_ends_and_stays_in_the_ids_but_not_in_the_text():
@@ -140,7 +149,7 @@ def test_answers_end_with_the_context():
     assert {c.finish_reason for c in found if len(c.token_ids) == 4 and c.token_ids[-1] != 1} == {
         "length"
     }
-    expected, _ = plain_generate(mine.model, PATH[:60], max_tokens=50)
+    expected, _ = plain_generate(mine, PATH[:60], max_tokens=50)
     assert found[0].token_ids == expected
 
 
@@ -151,7 +160,7 @@ def test_more_tokens_than_one_block_of_random_numbers():
         for i in range(2, 200)
         if len(mine.generate([(i,)], max_tokens=150)[0][0].token_ids) > 130
     )
-    expected, _ = plain_generate(mine.model, prompt, max_tokens=150)
+    expected, _ = plain_generate(mine, prompt, max_tokens=150)
     assert mine.generate([prompt], max_tokens=150)[0][0].token_ids == expected
 
 
@@ -223,9 +232,11 @@ def test_refusals():
 
 
 def test_a_sample_that_cannot_fit_is_refused():
-    mine = engine(max_cache_tokens=300)
-    assert mine.generate([PATH], max_tokens=40)
-    with pytest.raises(ValueError, match=r"max_cache_tokens is 300.*192.*384"):
-        mine.generate([PATH], max_tokens=100)
+    mine = engine(max_cache_tokens=130)
+    assert mine.generate([PATH], max_tokens=49)
+    with pytest.raises(ValueError, match=r"prompt 0, sample 0 needs 129.*holds 128.*max_cache"):
+        mine.generate([PATH], max_tokens=50)
     with pytest.raises(ValueError, match="max_cache_tokens"):
-        list(mine.submit(Request(prompt=PATH, max_tokens=100)))
+        mine.submit(Request(prompt=PATH, max_tokens=100))
+    with pytest.raises(ValueError, match="completion 0 needs 180"):
+        mine.score([PATH], [[5] * 101])

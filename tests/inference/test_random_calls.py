@@ -4,7 +4,7 @@ import random
 
 import pytest
 import torch
-from plain_loop import Letters, make_model, plain_generate
+from plain_loop import KERNELS, Letters, make_model, plain_generate
 
 from phiforge.inference.engine import Engine
 
@@ -22,10 +22,11 @@ def random_prompts(draw: random.Random, context: int, vocab_size: int) -> list[t
     return prompts
 
 
+@pytest.mark.parametrize("kernels", KERNELS)
 @pytest.mark.parametrize(
     "trial", [*range(8), *(pytest.param(i, marks=pytest.mark.slow) for i in range(8, 60))]
 )
-def test_engine_equals_plain_loop(trial):
+def test_engine_equals_plain_loop(trial, kernels):
     draw = random.Random(trial)
     heads, kv_heads = draw.choice([(4, 2), (4, 4), (3, 1), (8, 2)])
     shape = {
@@ -41,7 +42,8 @@ def test_engine_equals_plain_loop(trial):
     }
     model = make_model(draw.choice([torch.float32, torch.bfloat16]), seed=trial, **shape)
     bound = draw.choice([None, 4 * 448, 40 * 448])
-    engine = Engine(model, Letters(), rows=draw.choice([1, 3, 16, 40]), max_cache_tokens=bound)
+    rows = draw.choice([1, 3, 16, 40])
+    engine = Engine(model, Letters(), rows=rows, max_cache_tokens=bound, kernels=kernels)
     settings = {
         "max_tokens": draw.choice([1, 8, 30]),
         "temperature": draw.choice([0.0, 1.0, 1.0, 0.7]),
@@ -56,7 +58,7 @@ def test_engine_equals_plain_loop(trial):
     )
     for number in draw.sample(range(len(prompts)), min(2, len(prompts))):
         sample = draw.randrange(n)
-        expected = plain_generate(model, prompts[number], first_index + sample, 7, **settings)
+        expected = plain_generate(engine, prompts[number], first_index + sample, 7, **settings)
         completion = found[number][sample]
         assert (completion.token_ids, completion.logprobs) == expected
     flat = [(p, c) for p, of_prompt in zip(prompts, found, strict=True) for c in of_prompt]

@@ -6,8 +6,10 @@ import torch
 
 from phiforge.inference.engine.sample import (
     BLOCK_STEPS,
+    Laws,
     draw,
-    keep,
+    keep_likely,
+    keep_ranked,
     prompt_digest,
     stream_key,
     token_logprobs,
@@ -40,9 +42,10 @@ def test_blocks_of_a_stream_are_the_stream():
 @pytest.mark.parametrize("size", [3, 64, 65, 300])
 def test_inverse_of_the_distribution_function(size):
     p_v = torch.softmax(logits(1, size)[0], -1)
-    u = torch.linspace(0, 1 - 1e-9, 997, dtype=torch.float64)
-    ids, finite = draw(logits(1, size).expand(997, -1), Sampling(), u)
-    expected = torch.searchsorted(p_v.double().cumsum(0), u * p_v.double().sum(), right=True)
+    u = np.linspace(0, 1 - 1e-9, 997)
+    ids, finite = draw(logits(1, size).expand(997, -1), Laws.of(Sampling(), 997), u)
+    target = torch.from_numpy(u) * p_v.double().sum()
+    expected = torch.searchsorted(p_v.double().cumsum(0), target, right=True)
     assert finite.all()
     assert (ids == expected).float().mean() > 0.99  # sums in another order: ties may fall apart
     assert (ids[1:] >= ids[:-1]).all()
@@ -54,7 +57,7 @@ def test_inverse_of_the_distribution_function(size):
 def test_tokens_of_zero_probability_are_never_drawn(u):
     logits_bv = torch.full((1, 130), -torch.inf)
     logits_bv[0, 70] = logits_bv[0, 71] = 1.0
-    ids, finite = draw(logits_bv, Sampling(), torch.tensor([u], dtype=torch.float64))
+    ids, finite = draw(logits_bv, Laws.of(Sampling(), 1), np.array([u]))
     assert finite.all()
     assert ids.item() == (71 if u else 70)
 
@@ -76,7 +79,8 @@ def naive_keep(p_v: np.ndarray, top_k: int, top_p: float, min_p: float) -> set[i
 @pytest.mark.parametrize("min_p", [0.0, 0.2])
 def test_filters_keep_what_they_say(top_k, top_p, min_p):
     p_bv = torch.softmax(logits(4, 50), -1)
-    kept = keep(p_bv, Sampling(top_k=top_k, top_p=top_p, min_p=min_p))
+    laws = Laws.of(Sampling(top_k=top_k, top_p=top_p, min_p=min_p), 4)
+    kept = keep_likely(keep_ranked(p_bv, laws) if laws.ranked(50).any() else p_bv, laws)
     for row in range(4):
         expected = naive_keep(p_bv[row].double().numpy(), top_k, top_p, min_p)
         assert set(kept[row].nonzero()[:, 0].tolist()) == expected
@@ -85,15 +89,25 @@ def test_filters_keep_what_they_say(top_k, top_p, min_p):
 
 def test_a_row_is_drawn_the_same_in_any_company():
     logits_bv = logits(37, 300)
-    u = torch.rand(37, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    for sampling in (Sampling(), Sampling(top_p=0.9, temperature=0.7), Sampling(temperature=0)):
-        together, _ = draw(logits_bv, sampling, u)
-        alone = [draw(logits_bv[i : i + 1], sampling, u[i : i + 1])[0].item() for i in range(37)]
-        assert together.tolist() == alone
+    u = np.random.Generator(np.random.PCG64(1)).random(37)
+    kinds = (
+        Sampling(),
+        Sampling(top_p=0.9, temperature=0.7),
+        Sampling(temperature=0),
+        Sampling(top_k=5, min_p=0.1),
+        Sampling(temperature=1.3, min_p=0.05),
+    )
+    laws = Laws.empty(37)
+    for row in range(37):
+        laws.set(row, kinds[row % len(kinds)])
+    together, _ = draw(logits_bv, laws, u)
+    for i in range(37):
+        one = Laws.of(kinds[i % len(kinds)], 1)
+        assert together[i] == draw(logits_bv[i : i + 1], one, u[i : i + 1])[0]
 
 
 def test_greedy_takes_the_lowest_of_equals():
-    ids, _ = draw(torch.tensor([[1.0, 3.0, 3.0]]), Sampling(temperature=0), torch.zeros(1))
+    ids, _ = draw(torch.tensor([[1.0, 3.0, 3.0]]), Laws.of(Sampling(temperature=0), 1), np.zeros(1))
     assert ids.item() == 1
 
 
@@ -101,8 +115,8 @@ def test_greedy_takes_the_lowest_of_equals():
 def test_damaged_rows_are_reported(temperature):
     logits_bv = logits(3, 100)
     logits_bv[1, 7] = torch.nan
-    u = torch.full((3,), 0.5, dtype=torch.float64)
-    _, finite = draw(logits_bv, Sampling(temperature=temperature), u)
+    laws = Laws.of(Sampling(temperature=temperature), 3)
+    _, finite = draw(logits_bv, laws, np.full(3, 0.5))
     assert finite.tolist() == [True, False, True]
 
 

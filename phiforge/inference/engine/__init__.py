@@ -4,8 +4,9 @@
 streams one answer. Nothing is written.
 """
 
+from phiforge.inference.engine.constrain import allow_only, forbid_first
 from phiforge.inference.engine.engine import Engine
 from phiforge.inference.engine.sample import NonFiniteLogits
 from phiforge.inference.engine.stream import Stream, Token
 
-__all__ = ["Engine", "NonFiniteLogits", "Stream", "Token"]
+__all__ = ["Engine", "NonFiniteLogits", "Stream", "Token", "allow_only", "forbid_first"]

@@ -1,53 +1,60 @@
-"""The engine's front: `Engine(model, tokenizer)` checks requests, plans them and runs them.
+"""The engine's front: `Engine(model, tokenizer)` checks requests and drives the scheduler.
 
-`generate` fills up to `rows` rows and replaces each finished one by the next sample that waits;
-`score` and `submit` use the same parts. Nothing is written.
+`generate` and `score` answer whole calls, `submit` streams one request; all share the rows of one
+scheduler, from any thread. Which kernels run is printed once to standard error.
 """
 
 from __future__ import annotations
 
+import functools
+import sys
+import threading
 import warnings
-from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 
-from phiforge.inference.engine.batch import Batch, Finished, Start
-from phiforge.inference.engine.cache import KVCache, default_cache_tokens, round_slots
-from phiforge.inference.engine.forward import ROW_BLOCK, Fused, stamp
-from phiforge.inference.engine.prefill import PromptPool
-from phiforge.inference.engine.prefix import TokenIds, plan
+from phiforge.inference.engine.answer import Answer
+from phiforge.inference.engine.memory import free_bytes
+from phiforge.inference.engine.requests import Bounds, Call
+from phiforge.inference.engine.runner import BLOCK, Kernels, Mode, Runner, make_runner, why_torch
 from phiforge.inference.engine.sample import prompt_digest, stream_key
-from phiforge.inference.engine.score import score
-from phiforge.inference.engine.stream import Stream, to_completion
+from phiforge.inference.engine.scheduler import Scheduler
+from phiforge.inference.engine.stream import Stream
+from phiforge.inference.engine.weights import Weights, from_model, stamp
 from phiforge.inference.interface import (
     Completion,
     Progress,
     Prompt,
     Request,
     Sampling,
+    TokenMask,
     check_count,
     check_known,
     check_token_ids,
-    prompt_token_ids,
     stop_strings,
 )
+from phiforge.model.config import PhiConfig
 from phiforge.model.phi import Phi
-
-_PREFILL_SLOTS = 16384  # cache slots of prompts computed at a time, memory permitting
+from phiforge.model.quantize import Format, check_format
 
 
 class Engine:
-    """Samples and scores with a model on its own device, in its compute dtype.
+    """Samples and scores with a model on its own device.
 
-    `rows`: most samples at a time. `mode` "exact": a sample is the same bits whatever else is
-    asked for in the same call, on one machine and thread count (measured on CPU kernels); "fast"
-    drops the padding and the reduction order this takes. `max_cache_tokens` bounds the cache of
-    the rows and of the prompts being computed (default: half the free memory); prefixes kept for
-    later prompts come on top, one row each. It moves time, never results.
+    `rows`: most samples at a time. `weights`: the format matrices are kept in ("fp32", "bf16",
+    "int8", "int4"; None: the model's compute dtype). `kernels`: "auto" takes own C++ kernels on a
+    CPU where they compile, else torch's; "native" and "torch" insist. `mode` "exact": a sample is
+    the same bits whatever else is asked for, on one machine (torch's kernels: on CPUs, at one
+    thread count); "fast" lets torch's kernels drop the padding and order this takes.
+    `max_cache_tokens` bounds the cache of prompts and answers (default: what the rows can use, at
+    most half the free memory). It moves time, never results.
 
-    `num_prefilled_tokens` and `num_generated_tokens` count the work done so far. Weights are copied
-    on first use, and again when the model has changed.
+    `num_prefilled_tokens` of prompts were computed, `num_cached_tokens` found in the cache,
+    `num_generated_tokens` drawn so far. Weights are copied on first use, and again when the model
+    has changed; requests under way then go on with the new ones. Threads may share an engine.
     """
 
     def __init__(
@@ -55,22 +62,89 @@ class Engine:
         model: Phi,
         tokenizer: Any,
         rows: int = 256,
-        mode: Literal["exact", "fast"] = "exact",
+        mode: Mode = "exact",
         max_cache_tokens: int | None = None,
+        weights: Format | None = None,
+        kernels: Kernels = "auto",
+    ) -> None:
+        self._set_up(tokenizer, rows, mode, max_cache_tokens, weights, kernels)
+        self.model: Phi | None = model
+        self.config: PhiConfig = model.config
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | Path,
+        rows: int = 256,
+        mode: Mode = "exact",
+        max_cache_tokens: int | None = None,
+        weights: Format | None = None,
+        kernels: Kernels = "auto",
+    ) -> Engine:
+        """An engine on a Hugging Face folder, whose matrices are read and packed one by one.
+
+        `weights` None keeps the file's format. Raises what reading the folder raises.
+        """
+        from phiforge.inference.engine.weights import from_folder
+        from phiforge.model.tokenizer import Tokenizer
+
+        engine = cls.__new__(cls)
+        tokenizer = Tokenizer.load(folder)
+        engine._set_up(tokenizer, rows, mode, max_cache_tokens, weights, kernels)
+        engine.model = None
+        loaded = from_folder(folder, weights)
+        engine.config = loaded.config
+        engine._take_weights(loaded)
+        return engine
+
+    def _set_up(
+        self,
+        tokenizer: Any,
+        rows: int,
+        mode: Mode,
+        max_cache_tokens: int | None,
+        weights: Format | None,
+        kernels: Kernels,
     ) -> None:
         check_count("rows", rows, 1)
-        if mode not in ("exact", "fast"):
-            raise ValueError(f"mode is {mode!r}; allowed: 'exact', 'fast'")
+        _check_choice("mode", mode, ("exact", "fast"))
+        _check_choice("kernels", kernels, ("auto", "native", "torch"))
         if max_cache_tokens is not None:
             check_count("max_cache_tokens", max_cache_tokens, 1)
-        self.model, self.tokenizer = model, tokenizer
-        self.rows, self.mode, self.max_cache_tokens = rows, mode, max_cache_tokens
-        self.num_prefilled_tokens = 0
-        self.num_generated_tokens = 0
-        self._fused: Fused | None = None
-        self._spare: KVCache | None = None
+        if weights is not None:
+            check_format(weights)
+        self.tokenizer, self.rows, self.mode = tokenizer, rows, mode
+        self.max_cache_tokens, self.weights, self.kernels = max_cache_tokens, weights, kernels
+        self.lock = threading.RLock()
+        self._scheduler: Scheduler | None = None
+        self._stamp: tuple[object, ...] | None = None
+        self._num_requests = 0
 
-    @torch.inference_mode()
+    @property
+    def name(self) -> str:
+        """What computes, e.g. "native bf16 (avx512_bf16)"."""
+        return self._fresh().runner.name
+
+    @property
+    def context(self) -> int:
+        """The longest row, prompt and answer, in tokens."""
+        return self.config.max_position_embeddings
+
+    @property
+    def num_prefilled_tokens(self) -> int:
+        """Prompt tokens computed so far."""
+        return self._scheduler.num_prefilled_tokens if self._scheduler else 0
+
+    @property
+    def num_cached_tokens(self) -> int:
+        """Prompt tokens found in the cache so far."""
+        return self._scheduler.num_cached_tokens if self._scheduler else 0
+
+    @property
+    def num_generated_tokens(self) -> int:
+        """Tokens drawn so far."""
+        return self._scheduler.num_generated_tokens if self._scheduler else 0
+
     def generate(
         self,
         prompts: Sequence[Prompt],
@@ -86,13 +160,20 @@ class Engine:
         stop: Sequence[str] = (),
         logprobs: bool = False,
         progress: Progress | None = None,
+        forced: Sequence[Sequence[int]] | None = None,
+        masks: Sequence[TokenMask | None] | None = None,
     ) -> list[list[Completion]]:
         """For each prompt its samples `first_index` .. `first_index + n - 1`, in order.
 
-        Settings as in `Sampling`; sample i is a function of (seed, the prompt's token ids, i)
-        alone. `logprobs` are the model's at temperature 1, in fp32. `progress(k)` is called as k
-        more of the len(prompts) x n completions are done. Raises ValueError for a wrong setting or
-        prompt, naming it; NonFiniteLogits for a damaged model.
+        Settings as in `Sampling`; sample i is a function of (seed, the prompt's token ids, i),
+        of its forced tokens and its mask. `forced`: for each prompt the tokens every answer begins
+        with; they count toward `max_tokens`, and the draws after them are those the sample would
+        have made at these places. `masks`: for each prompt None or a mask (constrain.py).
+        `logprobs` are the model's at temperature 1, in fp32, before masks. `progress(k)` is called
+        as k more of the len(prompts) x n completions are done.
+
+        Raises ValueError for a wrong setting or prompt, naming it; NonFiniteLogits for a damaged
+        model; whatever a mask raises.
         """
         sampling = Sampling(
             max_tokens=max_tokens,
@@ -105,190 +186,159 @@ class Engine:
         )
         check_count("n", n, 1)
         check_count("first_index", first_index, 0)
-        fused = self._fresh()
-        ids = self._checked_prompts(prompts, fused)
-        if not ids:
-            return []
-        asked: dict[TokenIds, list[int]] = {}
-        for number, prompt in enumerate(ids):
-            asked.setdefault(prompt, []).append(number)
-        indices = range(first_index, first_index + (1 if temperature == 0.0 else n))
-        results: list[list[Completion]] = [[] for _ in ids]
-        jobs = _Jobs(sorted(asked), asked, indices, seed)
-        found: dict[int, Completion] = {}
-        for finished in self._decode(fused, jobs, sampling):
-            found[finished.owner] = to_completion(self.tokenizer, finished, sampling)
-            self.num_generated_tokens += len(finished.token_ids)
-            if progress is not None:
-                progress(len(jobs.numbers(finished.owner)) * (n // len(indices)))
-        for place, prompt in enumerate(jobs.prompts):
-            mine = [found[place * len(indices) + k] for k in range(len(indices))]
-            for number in asked[prompt]:
-                results[number] = mine * (n // len(indices))
-        return results
+        with self.lock:
+            bounds = self._bounds()
+            ids = bounds.prompts(prompts)
+            starts = _one_each("forced", forced, len(ids), ())
+            rules = _one_each("masks", masks, len(ids), None)
+            call = self._new_call(bounds)
+            indices = range(first_index, first_index + n)
+            for prompt, start, mask in zip(ids, starts, rules, strict=True):
+                call.ask(prompt, sampling, seed, indices, start, mask)
+        self._drive(call, progress)
+        return call.completions()
 
-    @torch.inference_mode()
     def score(
         self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]
     ) -> list[list[float]]:
         """Log-probability of each completion token given all before it, temperature 1, fp32.
 
         The same numbers, in exact mode to the bit, as `generate` returns. Raises ValueError for an
-        unknown token or a sequence longer than the model's context.
+        unknown token or a sequence longer than the model's context; NonFiniteLogits.
         """
         if len(prompts) != len(completions):
             raise ValueError(
                 f"score: {len(prompts)} prompts but {len(completions)} completions; give one each"
             )
-        fused = self._fresh()
-        ids = self._checked_prompts(prompts, fused, room=0)
-        answers = [tuple(int(token) for token in completion) for completion in completions]
-        for number, (prompt, answer) in enumerate(zip(ids, answers, strict=True)):
-            check_known(f"completion {number}", answer, fused.config.vocab_size)
-            check_token_ids(
-                f"prompt {number} with its completion",
-                prompt + answer,
-                fused.config.vocab_size,
-                fused.context,
-                room=0,
-            )
-        values, num_computed = score(fused, ids, answers, self._prefill_slots(fused, 0))
-        self.num_prefilled_tokens += num_computed
-        return values
+        sampling = Sampling(max_tokens=self.context, logprobs=True)
+        with self.lock:
+            bounds = self._bounds()
+            ids = bounds.prompts(prompts, room=0)
+            call = self._new_call(bounds)
+            for number, (prompt, given) in enumerate(zip(ids, completions, strict=True)):
+                completion = tuple(int(token) for token in given)
+                check_known(f"completion {number}", completion, bounds.vocab_size)
+                name = f"prompt {number} with its completion"
+                check_token_ids(name, prompt + completion, bounds.vocab_size, self.context, room=0)
+                call.ask_score(prompt, completion, sampling)
+        self._drive(call, None)
+        return call.logprobs()
 
     def submit(self, request: Request) -> Stream:
-        """Streams one answer: an iterator of `Token`s with `.cancel()` and `.completion`.
+        """Streams one answer; it joins the rows under way at the next step.
 
-        Each step computes one token for this request alone. Raises ValueError at once for a wrong
-        setting or prompt.
+        An iterator of `Token`s, see `Stream`. Raises ValueError at once for a wrong setting or
+        prompt, or a request that the cache could never hold.
         """
         sampling = request.sampling
         check_count("index", request.index, 0)
-        fused = self._fresh()
-        prompt = self._checked_prompts([request.prompt], fused)[0]
-
-        def begin() -> Batch:
-            jobs = _Jobs(
-                [prompt], {prompt: [0]}, range(request.index, request.index + 1), request.seed
+        with self.lock:
+            bounds = self._bounds()
+            (prompt,) = bounds.prompts([request.prompt])
+            self._num_requests += 1
+            answer = bounds.answer(
+                prompt,
+                sampling,
+                stream_key(prompt_digest(request.seed, prompt), request.index),
+                f"request {self._num_requests}",
+                (0, self._num_requests, 0),
+                request.forced,
+                request.mask,
             )
-            slots = self._row_slots(fused, jobs, sampling)
-            self._rows_that_fit(fused, slots, 1)
-            cache = KVCache(fused.config, 1, slots, fused.dtype, fused.device)
-            batch = Batch(fused, self.tokenizer, sampling, cache, jobs.name)
-            pool = PromptPool(fused, plan(jobs.prompts), self._prefill_slots(fused, slots))
-            batch.admit([jobs.start(0, pool, fused, sampling)])
-            self.num_prefilled_tokens += pool.num_computed_tokens
-            return batch
+            answer.streamed = True
+            if answer.closed and not answer.owes_logprobs:
+                answer.finish(answer.closed)
+            else:
+                self._fresh().submit([answer])
+        return Stream(self, self.tokenizer, answer)
 
-        return Stream(begin, self.tokenizer, sampling)
+    @torch.inference_mode()
+    def step(self) -> bool:
+        """One pass for all submitted requests; False when nothing is active."""
+        with self.lock:
+            return self._scheduler is not None and self._scheduler.step()
 
-    def _fresh(self) -> Fused:
-        """The weights as the engine multiplies them; copied anew when the model has changed."""
-        if self._fused is None or self._fused.stamp != stamp(self.model):
-            self._fused = None
-            self._fused = Fused(self.model, exact=self.mode == "exact")
-            if self.mode == "exact" and self._fused.device.type != "cpu":
-                warnings.warn(
-                    "mode 'exact' was measured on CPU kernels only; on this device a sample's last "
-                    "bits may depend on its batch",
-                    stacklevel=3,
-                )
-        return self._fused
+    def cancel(self, answers: Iterable[Answer]) -> None:
+        """Ends answers that are not done."""
+        with self.lock:
+            if self._scheduler is not None:
+                self._scheduler.cancel(answers)
 
-    def _checked_prompts(
-        self, prompts: Sequence[Prompt], fused: Fused, room: int = 1
-    ) -> list[TokenIds]:
-        if isinstance(prompts, str):
-            raise ValueError("prompts is one text; give a list of prompts: [text]")
-        ids = [prompt_token_ids(self.tokenizer, prompt) for prompt in prompts]
-        for number, prompt in enumerate(ids):
-            name = f"prompt {number}"
-            check_token_ids(name, prompt, fused.config.vocab_size, fused.context, room)
-        return ids
+    def _bounds(self) -> Bounds:
+        cache_tokens = self._fresh().num_blocks * BLOCK
+        return Bounds(self.tokenizer, self.config.vocab_size, self.context, cache_tokens)
 
-    def _decode(self, fused: Fused, jobs: _Jobs, sampling: Sampling) -> Iterator[Finished]:
-        slots = self._row_slots(fused, jobs, sampling)
-        rows = self._rows_that_fit(fused, slots, min(self.rows, jobs.num_samples))
-        cache = self._take_cache(fused, rows, slots)
-        batch = Batch(fused, self.tokenizer, sampling, cache, jobs.name)
-        pool = PromptPool(fused, plan(jobs.prompts), self._prefill_slots(fused, rows * slots))
-        next_sample = 0
-        while next_sample < jobs.num_samples or batch.num_active:
-            last = min(jobs.num_samples, next_sample + batch.num_free)
-            if last > next_sample:
-                wanted = range(next_sample, last)
-                batch.admit([jobs.start(owner, pool, fused, sampling) for owner in wanted])
-                next_sample = last
-            yield from batch.step()
-        self.num_prefilled_tokens += pool.num_computed_tokens
-        self._spare = cache
+    def _new_call(self, bounds: Bounds) -> Call:
+        self._num_requests += 1
+        return Call(bounds, self._num_requests)
 
-    def _cache_tokens(self, fused: Fused) -> int:
+    def _drive(self, call: Call, progress: Progress | None) -> None:
+        """Steps until a call's answers are done; ends them all when one fails or is interrupted."""
+        answers = call.begin()
+        try:
+            with self.lock:
+                self._fresh().submit(answers)
+            call.collect(progress)
+            while call.is_open:
+                self.step()
+                call.collect(progress)
+        finally:
+            if call.is_open:
+                self.cancel(answers)
+
+    def _fresh(self) -> Scheduler:
+        """The scheduler over the model's weights as they are now."""
+        with self.lock:
+            if self.model is not None and self._stamp != (now := stamp(self.model)):
+                if self._scheduler is not None:
+                    self._scheduler.put_all_off()
+                self._take_weights(from_model(self.model, self.weights))
+                self._stamp = now
+            assert self._scheduler is not None
+            return self._scheduler
+
+    def _take_weights(self, weights: Weights) -> None:
+        runner = make_runner(weights, self.mode, self.kernels)
+        reason = why_torch(weights, self.kernels)
+        _announce(f"engine: {runner.name}" + (f" ({reason})" if reason else ""))
+        if self.mode == "exact" and not runner.mode_is_exact:
+            warnings.warn(
+                "mode 'exact' was measured on CPU kernels only; on this device a sample's last "
+                "bits may depend on its batch",
+                stacklevel=4,
+            )
+        num_blocks = self._num_blocks(runner, weights.dtype)
+        if self._scheduler is None:
+            self._scheduler = Scheduler(
+                runner, weights.dtype, self.tokenizer, self.rows, num_blocks
+            )
+        else:
+            self._scheduler.start(runner, weights.dtype, num_blocks)
+
+    def _num_blocks(self, runner: Runner, dtype: torch.dtype) -> int:
         if self.max_cache_tokens is not None:
-            return self.max_cache_tokens
-        return default_cache_tokens(fused.config, fused.dtype, fused.device)
-
-    def _row_slots(self, fused: Fused, jobs: _Jobs, sampling: Sampling) -> int:
-        return round_slots(max(len(p) + jobs.limit(p, fused, sampling) for p in jobs.prompts))
-
-    def _rows_that_fit(self, fused: Fused, slots: int, rows: int) -> int:
-        """Rows of the cache beside one prompt being computed; a quarter is left for prompts."""
-        total = self._cache_tokens(fused)
-        if 2 * slots > total:
-            raise ValueError(
-                f"max_cache_tokens is {total}, but one sample (prompt and answer, rounded up to "
-                f"{slots} tokens) and its prompt's computation need {2 * slots}: raise "
-                "max_cache_tokens or lower max_tokens"
-            )
-        return max(1, min(rows, (total - total // 4) // slots))
-
-    def _prefill_slots(self, fused: Fused, taken: int) -> int:
-        return max(ROW_BLOCK, min(_PREFILL_SLOTS, self._cache_tokens(fused) - taken))
-
-    def _take_cache(self, fused: Fused, rows: int, slots: int) -> KVCache:
-        """The cache of the call before, if it is large enough; it goes back after the call."""
-        spare, self._spare = self._spare, None
-        if spare is not None and spare.fits(rows, slots, fused.dtype, fused.device):
-            return spare
-        return KVCache(fused.config, rows, slots, fused.dtype, fused.device)
+            return max(1, self.max_cache_tokens // BLOCK)
+        per_block = runner.block_bytes + BLOCK * self.config.hidden_size * dtype.itemsize
+        affordable = free_bytes(runner.device) // 2 // per_block
+        useful = (self.rows + self.rows // 4 + 1) * -(-self.context // BLOCK)
+        return max(1, min(affordable, useful))
 
 
-class _Jobs:
-    """The samples of one call, in the order they start: prompts sorted, indices ascending."""
+def _one_each(name: str, given: Sequence[Any] | None, count: int, missing: Any) -> Sequence[Any]:
+    """One value per prompt; ValueError when there are more or fewer."""
+    if given is None:
+        return [missing] * count
+    if len(given) != count:
+        raise ValueError(f"{name} has {len(given)} entries for {count} prompts; give one each")
+    return given
 
-    def __init__(
-        self,
-        prompts: list[TokenIds],
-        asked: dict[TokenIds, list[int]],
-        indices: range,
-        seed: int,
-    ) -> None:
-        self.prompts, self._asked, self._indices = prompts, asked, indices
-        self._digests = [prompt_digest(seed, prompt) for prompt in prompts]
 
-    @property
-    def num_samples(self) -> int:
-        return len(self.prompts) * len(self._indices)
+def _check_choice(name: str, value: object, allowed: tuple[str, ...]) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(map(repr, allowed))}")
 
-    def numbers(self, owner: int) -> list[int]:
-        """Which of the caller's prompts a sample answers."""
-        return self._asked[self.prompts[owner // len(self._indices)]]
 
-    def name(self, owner: int) -> str:
-        """How errors call a sample."""
-        index = self._indices[owner % len(self._indices)]
-        return f"prompt {self.numbers(owner)[0]}, sample {index}"
-
-    def limit(self, prompt: TokenIds, fused: Fused, sampling: Sampling) -> int:
-        """Most tokens a sample may draw."""
-        return min(sampling.max_tokens, fused.context - len(prompt))
-
-    def start(self, owner: int, pool: PromptPool, fused: Fused, sampling: Sampling) -> Start:
-        """What the batch needs to begin a sample; a prompt is let go with its last one."""
-        number, place = divmod(owner, len(self._indices))
-        prefix, x_d = pool.take(number)
-        if place == len(self._indices) - 1:
-            pool.release(number)
-        prompt = self.prompts[number]
-        key = stream_key(self._digests[number], self._indices[place])
-        return Start(owner, key, len(prompt), self.limit(prompt, fused, sampling), prefix, x_d)
+@functools.cache
+def _announce(line: str) -> None:
+    """Says which kernels run, once per process and choice."""
+    print(line, file=sys.stderr, flush=True)

@@ -1,113 +1,213 @@
-"""Plans which prompt tokens are computed, each shared prefix once.
+"""What the cache knows: a tree over token ids whose nodes name the blocks that hold them.
 
-`plan(prompts)` gives segments of a prefix tree, parents first, and where each prompt ends in it.
-Pure Python, nothing is written.
+`tree.match(ids)` finds how much of a row is known, `tree.insert(ids, table, ready)` adds a row,
+`tree.evict(count)` frees the blocks used longest ago. Nothing is written.
 
-Prompts that extend one another (the prefixes of a path, arXiv 2412.08905 section 4.2.1) are one
-segment: the longest is computed, the others end inside it. Prompts that part ways share what comes
-before, if that is long enough to be worth a pass of its own.
+Matching is exact to the token. A node spans tokens `start` .. `end - 1`; two nodes that meet inside
+a block each have a copy of it, or share it where one row filled both. A row's tokens enter the tree
+before they are computed, so that nobody else computes them too: `ready` says how far they are, and
+who needs more waits. Only the node's own row advances it, and nothing hangs below tokens that are
+not ready.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
-MIN_SHARED_TOKENS = 32  # a shorter common start is computed by each prompt: cheaper than a pass
+import numpy as np
 
-TokenIds = tuple[int, ...]
+from phiforge.inference.engine.blocks import BlockPool
+from phiforge.inference.engine.runner import BLOCK
 
 
-@dataclass(frozen=True)
-class Segment:
-    """Tokens `start` .. `end - 1` of a row, computed after those of its parent (-1: none)."""
+@dataclass(eq=False)
+class Node:
+    """Tokens `start` .. `end - 1` of some rows, and the blocks from the one that `start` lies in."""
 
-    parent: int
+    token_ids: np.ndarray  # of this span
     start: int
-    end: int
-    token_ids: TokenIds  # of the whole row, from 0 to `end`
+    blocks: list[int]
+    parent: Node | None
+    ready: int  # tokens up to here are computed
+    last_used: int = 0
+    children: dict[int, Node] = field(default_factory=dict)
+    waiting: list[tuple[int, Any]] = field(default_factory=list)  # (tokens needed, who)
 
     @property
-    def num_new(self) -> int:
-        """Tokens that this segment computes."""
-        return self.end - self.start
+    def end(self) -> int:
+        """One past the last position."""
+        return self.start + len(self.token_ids)
 
 
 @dataclass(frozen=True)
-class Plan:
-    """Segments, parents before children; `ends[i]` is the segment that holds prompt i's last token.
+class Match:
+    """How much of a row is known: `length` tokens, in `blocks` (the last perhaps in part).
 
-    `prompts` are distinct and sorted.
+    `pending`: the node that is going to hold more of the row's tokens, `needed` of them in all.
     """
 
-    prompts: list[TokenIds]
-    segments: list[Segment]
-    ends: list[int]
-
-    def chain(self, segment: int) -> list[int]:
-        """A segment and its ancestors, the outermost first."""
-        found = []
-        while segment >= 0:
-            found.append(segment)
-            segment = self.segments[segment].parent
-        return found[::-1]
+    length: int
+    blocks: list[int]
+    pending: Node | None
+    needed: int
 
 
-def plan(prompts: Sequence[TokenIds], min_shared: int = MIN_SHARED_TOKENS) -> Plan:
-    """The plan for distinct, non-empty prompts, in any order."""
-    ordered = sorted(prompts)
-    leaves, leaf_of = _leaves(ordered)
-    segments: list[Segment] = []
-    last_of_leaf = [-1] * len(leaves)
-    pending = [(0, len(leaves), 0, -1)]
-    while pending:
-        low, high, start, parent = pending.pop()
-        if high - low == 1:
-            segments.append(Segment(parent, start, len(leaves[low]), leaves[low]))
-            last_of_leaf[low] = len(segments) - 1
-            continue
-        common = _common(leaves[low], leaves[high - 1])
-        if common - start >= min_shared:
-            segments.append(Segment(parent, start, common, leaves[low][:common]))
-            start, parent = common, len(segments) - 1
-        parts = [(a, b, start, parent) for a, b in _split(leaves, low, high, common)]
-        pending.extend(reversed(parts))
-    result = Plan(ordered, segments, [])
-    for prompt, leaf in zip(ordered, leaf_of, strict=True):
-        chain = result.chain(last_of_leaf[leaf])
-        result.ends.append(next(i for i in chain if segments[i].end >= len(prompt)))
-    return result
+class PrefixTree:
+    """The tree; it holds blocks of `pool` and gives them back when evicted."""
+
+    def __init__(self, pool: BlockPool) -> None:
+        self._pool = pool
+        self._clock = 0
+        self._root = Node(np.zeros(0, np.int32), 0, [], None, 0)
+
+    def match(self, ids: np.ndarray) -> Match:
+        """The longest start of `ids` that is in the tree."""
+        self._clock += 1
+        node, length, blocks = self._root, 0, []
+        while length < len(ids):
+            child = node.children.get(int(ids[length]))
+            if child is None:
+                break
+            common = _common(child.token_ids, ids[length:])
+            end = length + common
+            if end > child.ready:
+                return Match(length, blocks, child, end)
+            first = child.start // BLOCK
+            blocks[first:] = child.blocks[: -(-end // BLOCK) - first]
+            child.last_used = self._clock
+            node, length = child, end
+            if common < len(child.token_ids):
+                break
+        return Match(length, blocks, None, length)
+
+    def insert(self, ids: np.ndarray, table: list[int], ready: int) -> Node | None:
+        """Adds a row whose tokens lie in the blocks of `table`; the node of what is new, if any.
+
+        What is known already keeps its blocks. Call it only when `match` finds nothing pending.
+        """
+        node, length = self._root, 0
+        while length < len(ids):
+            child = node.children.get(int(ids[length]))
+            if child is None:
+                break
+            common = _common(child.token_ids, ids[length:])
+            length += common
+            node = child if common == len(child.token_ids) else self._split(child, common)
+        if length == len(ids):
+            return None
+        blocks = table[length // BLOCK : -(-len(ids) // BLOCK)]
+        added = Node(ids[length:], length, blocks, node, max(ready, length), self._clock)
+        assert node is self._root or node.ready == node.end
+        node.children[int(ids[length])] = added
+        self._pool.hold_by_tree(blocks)
+        return added
+
+    def advance(self, node: Node, ready: int) -> list[Any]:
+        """Says how far a node's tokens are computed; returns who need wait no longer."""
+        node.ready = max(node.ready, min(ready, node.end))
+        released = [who for needed, who in node.waiting if needed <= ready]
+        node.waiting = [item for item in node.waiting if item[0] > ready]
+        return released
+
+    def abandon(self, node: Node) -> list[Any]:
+        """Cuts off what was not computed, as its row has gone; returns all who waited for it."""
+        released = [who for _, who in node.waiting]
+        node.waiting = []
+        if node.ready < node.end:
+            assert not node.children
+            self._truncate(node, node.ready)
+        return released
+
+    def evict(self, num_blocks: int) -> int:
+        """Lets go of blocks that no row uses, those used longest ago first; how many were freed."""
+        freed = 0
+        heap = [(node.last_used, id(node), node) for node in self._nodes() if self._is_loose(node)]
+        heapq.heapify(heap)
+        while heap and freed < num_blocks:
+            node = heapq.heappop(heap)[2]
+            parent = node.parent
+            freed += self._evict_from(node, num_blocks - freed)
+            if node.parent is None and parent is not None and self._is_loose(parent):
+                heapq.heappush(heap, (parent.last_used, id(parent), parent))
+        return freed
+
+    def clear(self) -> list[Any]:
+        """Forgets everything; returns all who waited."""
+        released = []
+        for node in list(self._nodes()):
+            released += [who for _, who in node.waiting]
+            self._pool.release_by_tree(node.blocks)
+            node.waiting, node.parent, node.children = [], None, {}
+        self._root.children = {}
+        return released
+
+    def waiting(self) -> list[Any]:
+        """All who wait for tokens to be computed."""
+        return [who for node in self._nodes() for _, who in node.waiting]
+
+    def _nodes(self) -> Iterator[Node]:
+        pending = list(self._root.children.values())
+        while pending:
+            node = pending.pop()
+            yield node
+            pending.extend(node.children.values())
+
+    def _is_loose(self, node: Node) -> bool:
+        """Whether a node is a leaf that no row uses to its end."""
+        if node is self._root or node.children:
+            return False
+        return not self._pool.held_by_rows(node.blocks[-1])
+
+    def _evict_from(self, node: Node, num_blocks: int) -> int:
+        """Takes blocks off a leaf's end, at most so many; the leaf goes with its last one."""
+        freed = 0
+        end = node.end
+        while end > node.start and freed < num_blocks:
+            block = node.blocks[(end - 1) // BLOCK - node.start // BLOCK]
+            if self._pool.held_by_rows(block):
+                break
+            end = max(node.start, (end - 1) // BLOCK * BLOCK)
+            freed += self._truncate(node, end)
+        return freed
+
+    def _truncate(self, node: Node, end: int) -> int:
+        """Shortens a leaf to `end`, removing it when nothing is left; how many blocks are free."""
+        kept = -(-end // BLOCK) - node.start // BLOCK if end > node.start else 0
+        gone, node.blocks = node.blocks[kept:], node.blocks[:kept]
+        first = int(node.token_ids[0])
+        node.token_ids = node.token_ids[: end - node.start]
+        node.ready = min(node.ready, end)
+        if not kept:
+            assert node.parent is not None
+            del node.parent.children[first]
+            node.parent = None
+        return len(self._pool.release_by_tree(gone))
+
+    def _split(self, node: Node, common: int) -> Node:
+        """Cuts a node in two; returns the new upper part. The lower part stays the same object."""
+        place = node.start + common
+        assert node.parent is not None
+        assert place <= node.ready
+        own = -(-place // BLOCK) - node.start // BLOCK
+        upper = Node(
+            node.token_ids[:common], node.start, node.blocks[:own], node.parent, place
+        )  # fmt: skip
+        upper.last_used = node.last_used
+        upper.children[int(node.token_ids[common])] = node
+        node.parent.children[int(node.token_ids[0])] = upper
+        if place % BLOCK:
+            self._pool.hold_by_tree(upper.blocks[-1:])  # both parts keep the block they meet in
+        node.blocks = node.blocks[place // BLOCK - node.start // BLOCK :]
+        node.token_ids, node.start, node.parent = node.token_ids[common:], place, upper
+        return upper
 
 
-def _leaves(ordered: list[TokenIds]) -> tuple[list[TokenIds], list[int]]:
-    """Prompts that no other extends, and which of them each prompt begins.
-
-    In sorted order whatever extends a prompt comes right after it.
-    """
-    leaves: list[TokenIds] = []
-    leaf_of: list[int] = []
-    for index, prompt in enumerate(ordered):
-        leaf_of.append(len(leaves))
-        following = ordered[index + 1] if index + 1 < len(ordered) else ()
-        if following[: len(prompt)] != prompt:
-            leaves.append(prompt)
-    return leaves, leaf_of
-
-
-def _common(a: TokenIds, b: TokenIds) -> int:
-    """Length of the common prefix."""
-    low, high = 0, min(len(a), len(b))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if a[:middle] == b[:middle]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
-
-
-def _split(leaves: list[TokenIds], low: int, high: int, place: int) -> list[tuple[int, int]]:
-    """Runs of leaves with the same token at `place`."""
-    borders = [low]
-    borders += [i for i in range(low + 1, high) if leaves[i][place] != leaves[i - 1][place]]
-    return list(zip(borders, [*borders[1:], high], strict=True))
+def _common(a: np.ndarray, b: np.ndarray) -> int:
+    """Length of the common start."""
+    size = min(len(a), len(b))
+    differs = a[:size] != b[:size]
+    place = int(differs.argmax())
+    return place if differs[place] else size

@@ -77,3 +77,31 @@ class Runner(Protocol):
     def copy_block(self, source: int, target: int) -> None:
         """Copies keys and values of all layers from one block to another."""
         ...
+
+
+def make_runner(weights: Weights, mode: Mode, kernels: Kernels) -> Runner:
+    """The runner for these weights: native kernels on a CPU where they compile, else torch.
+
+    ValueError when `kernels` is "native" and they cannot be had, with the reason.
+    """
+    reason = why_torch(weights, kernels)
+    if reason is None:
+        from phiforge.inference.engine.native import NativeRunner
+
+        return NativeRunner(weights)
+    if kernels == "native":
+        raise ValueError(f"kernels is 'native', but there are none: {reason}; try kernels='auto'")
+    from phiforge.inference.engine.forward import TorchRunner
+
+    return TorchRunner(weights, exact=mode == "exact")
+
+
+def why_torch(weights: Weights, kernels: Kernels) -> str | None:
+    """Why torch's kernels serve these weights; None when own kernels do."""
+    from phiforge.core.native.build import unavailable
+
+    if kernels == "torch":
+        return "kernels='torch'"
+    if weights.embedding.device.type != "cpu":
+        return "own kernels are for CPUs"
+    return unavailable("decoder")

@@ -1,17 +1,18 @@
 """One answer, token by token: `for token in engine.submit(request): print(token.text, end="")`.
 
-`stream.cancel()` ends it; `stream.completion` is the whole answer afterwards. Nothing is written.
+Whoever iterates drives the engine for all requests; `take()` only collects what is there.
+`cancel()` ends it, `completion` is the answer so far. Nothing is written.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from threading import RLock
+from typing import Protocol
 
-import torch
-
-from phiforge.inference.engine.batch import Batch, Finished
-from phiforge.inference.interface import Completion, PromptTokenizer, Sampling
+from phiforge.inference.engine.answer import Answer, to_completion
+from phiforge.inference.interface import Completion, PromptTokenizer
 
 
 @dataclass(frozen=True)
@@ -24,86 +25,116 @@ class Token:
     logprob: float | None
 
 
-class Stream:
-    """An iterator over the tokens of one answer; each `next` computes one."""
+class Driver(Protocol):
+    """What a stream needs of the engine."""
 
-    def __init__(
-        self,
-        begin: Callable[[], Batch],
-        tokenizer: PromptTokenizer,
-        sampling: Sampling,
-    ) -> None:
-        self._begin, self._tokenizer, self._sampling = begin, tokenizer, sampling
-        self._batch: Batch | None = None
-        self._cancelled = False
-        self._shown = ""
-        self._completion: Completion | None = None
+    @property
+    def lock(self) -> RLock: ...  # pyright: ignore[reportInvalidTypeForm]
+    def step(self) -> bool: ...
+    def cancel(self, answers: Iterable[Answer]) -> None: ...
+
+
+class Stream:
+    """An iterator over the tokens of one answer. Threads may iterate different streams at once."""
+
+    def __init__(self, driver: Driver, tokenizer: PromptTokenizer, answer: Answer) -> None:
+        self._driver, self._tokenizer, self._answer = driver, tokenizer, answer
+        self._given = 0  # tokens handed out
+        self._text = _Text(tokenizer, answer.sampling.stop)
 
     def __iter__(self) -> Iterator[Token]:
         return self
 
-    @torch.inference_mode()
     def __next__(self) -> Token:
-        if self._completion is not None:
-            raise StopIteration
-        if self._cancelled:
-            self._close()
-            raise StopIteration
-        if self._batch is None:
-            self._batch = self._begin()
-        ended = self._batch.step()
-        drawn = ended[0] if ended else self._batch.partial(0)
-        if ended:
-            self._completion = to_completion(self._tokenizer, drawn, self._sampling)
-            text = self._completion.text
-        else:
-            text = self._settled(drawn)
-        new, self._shown = text[len(self._shown) :], text
-        logprob = None if drawn.logprobs is None else drawn.logprobs[-1]
-        return Token(drawn.token_ids[-1], new, logprob)
+        """The next token; drives the engine until it is there. Raises `error` at the end."""
+        while True:
+            with self._driver.lock:
+                if self._given < self._num_ready:
+                    return self._give()
+                if self._answer.error is not None:
+                    raise self._answer.error
+                if self._answer.done:
+                    raise StopIteration
+                self._driver.step()
+
+    def take(self) -> list[Token]:
+        """The tokens that are there and were not handed out yet, without driving the engine."""
+        with self._driver.lock:
+            return [self._give() for _ in range(self._num_ready - self._given)]
 
     def cancel(self) -> None:
-        """Ends the stream before its next token; what was drawn stays in `completion`."""
-        self._cancelled = True
-        if self._completion is None:
-            self._close()
+        """Ends the stream; what was drawn stays in `completion`, and its memory is free."""
+        with self._driver.lock:
+            self._driver.cancel([self._answer])
+            self._given = len(self._answer.tokens)
+
+    @property
+    def done(self) -> bool:
+        """Whether no more tokens will be drawn; some may not have been handed out yet."""
+        return self._answer.done
+
+    @property
+    def error(self) -> Exception | None:
+        """What went wrong with this request, if anything."""
+        return self._answer.error
 
     @property
     def completion(self) -> Completion:
         """The answer so far; its finish_reason is "cancelled" unless it came to its own end."""
-        if self._completion is not None:
-            return self._completion
-        return to_completion(self._tokenizer, self._partial(), self._sampling)
+        with self._driver.lock:
+            return to_completion(self._tokenizer, self._answer)
 
-    def _partial(self) -> Finished:
-        if self._batch is None:
-            return Finished(0, (), () if self._sampling.logprobs else None, "cancelled")
-        return self._batch.partial(0)
+    @property
+    def _num_ready(self) -> int:
+        answer = self._answer
+        return len(answer.logprobs if answer.sampling.logprobs else answer.tokens)
 
-    def _close(self) -> None:
-        self._completion = self.completion
-        self._batch = None  # gives the cache's memory back
+    def _give(self) -> Token:
+        answer, place = self._answer, self._given
+        self._given += 1
+        is_last = answer.finish_reason is not None and self._given == len(answer.tokens)
+        if is_last:
+            text = self._text.end(to_completion(self._tokenizer, answer).text)
+        else:
+            text = self._text.add(answer.tokens[place])
+        logprob = answer.logprobs[place] if answer.sampling.logprobs else None
+        return Token(answer.tokens[place], text, logprob)
 
-    def _settled(self, drawn: Finished) -> str:
-        """Text that later tokens cannot change: no half character, no start of a stop string."""
-        text = self._tokenizer.decode(drawn.token_ids).rstrip("\ufffd")
-        held = max((_overlap(text, stop) for stop in self._sampling.stop), default=0)
-        text = text[: len(text) - held]
-        return text if text.startswith(self._shown) else self._shown
+
+class _Text:
+    """Text that later tokens cannot change: no half character, no start of a stop string.
+
+    Tokens are decoded from the last place where the text was whole, with one stretch before it,
+    since a tokenizer may treat the start of a text in its own way.
+    """
+
+    def __init__(self, tokenizer: PromptTokenizer, stop: tuple[str, ...]) -> None:
+        self._tokenizer, self._stop = tokenizer, stop
+        self._before: list[int] = []  # tokens whose text is known
+        self._open: list[int] = []  # tokens after them, which end inside a character
+        self._held = ""  # whole characters that may begin a stop string
+        self._num_shown = 0
+
+    def add(self, token: int) -> str:
+        """One more token; what can be shown with it."""
+        self._open.append(token)
+        before = self._tokenizer.decode(self._before)
+        both = self._tokenizer.decode([*self._before, *self._open])
+        if not both.endswith("\ufffd"):
+            self._held += both[len(before) :]
+            self._before, self._open = self._open, []
+        num_kept = max((_overlap(self._held, stop) for stop in self._stop), default=0)
+        shown = self._held[: len(self._held) - num_kept]
+        self._held = self._held[len(shown) :]
+        self._num_shown += len(shown)
+        return shown
+
+    def end(self, text: str) -> str:
+        """The rest of the whole answer's text."""
+        return text[self._num_shown :]
 
 
 def _overlap(text: str, stop: str) -> int:
     """How many of the text's last characters begin the stop string."""
     longest = min(len(text), len(stop) - 1)
     return next((size for size in range(longest, 0, -1) if text.endswith(stop[:size])), 0)
-
-
-def to_completion(tokenizer: PromptTokenizer, finished: Finished, sampling: Sampling) -> Completion:
-    """Raw tokens as a completion: its text without the stop token or string that ended it."""
-    ids = finished.token_ids
-    stopped = finished.finish_reason == "stop"
-    text = tokenizer.decode(ids[:-1] if stopped and ids[-1] in tokenizer.stop_ids else ids)
-    if stopped and sampling.stop:
-        found = [place for stop in sampling.stop if (place := text.find(stop)) >= 0]
-        text = text[: min(found)] if found else text
-    return Completion(text, ids, finished.logprobs, finished.finish_reason)
