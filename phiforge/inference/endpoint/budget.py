@@ -1,7 +1,7 @@
 """What calls cost and what they may cost: prices, budgets, and the hard stop before each call.
 
 `await account.reserve(worst)` holds a call's worst case (or raises BudgetExceeded) before it is
-sent; `account.settle(worst, spent)` turns it into what the call did cost. Kept in the Store.
+sent; `account.settle(held, spent)` turns it into what the call did cost. Kept in the Store.
 """
 
 from __future__ import annotations
@@ -122,8 +122,7 @@ class Account:
 
         Raises BudgetExceeded when the call does not fit although none of ours is in flight.
         """
-        if self.budget is None:
-            return
+        assert self.budget is not None
         while (refusal := self.store.reserve(worst, self.budget)) is not None:
             if self._held == 0:
                 raise BudgetExceeded(refusal)
@@ -131,12 +130,11 @@ class Account:
             await self._settled.wait()
         self._held += 1
 
-    def settle(self, worst: Spend, spent: Spend = NOTHING, *, lost: bool = False) -> None:
-        """Give back `worst` and enter what was spent, or, when `lost`, `worst` itself as lost."""
-        held = self.budget is not None
-        self.store.enter(
-            spent=spent, lost=worst if lost else NOTHING, released=worst if held else NOTHING
-        )
-        if held:
+    def settle(self, held: Spend | None, spent: Spend = NOTHING, lost: Spend = NOTHING) -> None:
+        """Enter what a call cost (or may have cost: `lost`); give back what was held for it."""
+        if spent is NOTHING and lost is NOTHING and held is None:
+            return
+        self.store.enter(spent=spent, lost=lost, released=held or NOTHING)
+        if held is not None:
             self._held -= 1
             self._settled.set()

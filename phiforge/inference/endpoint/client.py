@@ -33,7 +33,7 @@ from phiforge.inference.endpoint.scores import read_scores, score_calls
 from phiforge.inference.endpoint.send import Patience, Sender
 from phiforge.inference.endpoint.store import Store
 from phiforge.inference.endpoint.transport import Access, Transport
-from phiforge.inference.endpoint.wire import Prepared, Server, prepare
+from phiforge.inference.endpoint.wire import Prepared, Preparer, Server
 from phiforge.inference.interface import (
     Completion,
     Progress,
@@ -120,6 +120,7 @@ class Endpoint:
             returns_token_ids=returns_token_ids,
             extra_body=dict(extra_body or {}),
         )
+        self._preparer = Preparer(self._server, tokenizer)
         self._transport = Transport(base_url, access, timeout_seconds, concurrency)
         self._store = Store(None if cache is None else Path(cache), role)
         self._account = Account(self._store, budget, prices)
@@ -320,11 +321,7 @@ class Endpoint:
 
     def forget(self, calls: Sequence[Call]) -> None:
         """Drop the cached answers of these calls, so that they are asked (and paid) again."""
-        self._store.forget(
-            prepared.key(prepared.call.first_index + offset)
-            for prepared in self._prepare(calls)
-            for offset in range(prepared.call.n)
-        )
+        self._store.forget(key for one in self._prepare(calls) for key in one.sample_keys())
 
     # ------------------------------------------------------------------------------------- inside
 
@@ -332,7 +329,7 @@ class Endpoint:
         found = []
         for position, call in enumerate(calls):
             try:
-                found.append(prepare(call, self._server, self.tokenizer))
+                found.append(self._preparer.prepare(call))
             except (ValueError, TypeError) as error:
                 raise ValueError(f"call {position}: {error}") from error
         return found

@@ -7,12 +7,8 @@ gets each Result as it is there. Results go to the store as they come.
 from __future__ import annotations
 
 import asyncio
-import json
-from array import array
 from collections import Counter, deque
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
 
 from phiforge.inference.endpoint.calls import (
     TROUBLE,
@@ -32,16 +28,12 @@ from phiforge.inference.endpoint.wire import Prepared
 
 # A job is judged by its failures from this many finished calls on.
 JUDGED_FROM = 20
-# Shared prefixes count from so many characters (or an eighth as many tokens), in doublings.
+# Shared beginnings count from so many characters (of the prompt's JSON), in doublings.
 _PREFIX_LENGTHS = tuple(128 * 2**power for power in range(10))
 
 
-@dataclass(frozen=True)
-class Slot:
-    """Where a sample belongs: sample `offset` of the call at `position`."""
-
-    position: int
-    offset: int
+# Where a sample belongs: the call's position, and which of its samples it is (from 0).
+Slot = tuple[int, int]
 
 
 class Job:
@@ -91,10 +83,10 @@ class Job:
 
     async def _plan(self) -> None:
         """Deliver what the cache has; queue the rest, those that share a prefix side by side."""
-        for position, prepared in enumerate(self._prepared):
-            for offset in range(prepared.call.n):
-                key = prepared.key(prepared.call.first_index + offset)
-                self._slots.setdefault(key, []).append(Slot(position, offset))
+        keys = [p.sample_keys() for p in self._prepared]
+        for position, mine in enumerate(keys):
+            for offset, key in enumerate(mine):
+                self._slots.setdefault(key, []).append((position, offset))
         found = await asyncio.to_thread(self._store.lookup, list(self._slots))
         cached = 0
         for key, text in found.items():
@@ -107,28 +99,27 @@ class Job:
         if cached:
             self._store.enter(cached=cached)
         self._finished = cached
-        self._units = deque(self._missing())
+        self._units = deque(self._missing(keys))
 
-    def _missing(self) -> list[Unit]:
-        units = []
-        for position in prefix_order([p.content for p in self._prepared]):
+    def _missing(self, keys: list[list[bytes]]) -> Iterator[Unit]:
+        together = self._sender.server.provider_n
+        for position in prefix_order([p.text for p in self._prepared]):
             prepared = self._prepared[position]
-            call = prepared.call
+            first = prepared.call.first_index
+            # A sample asked for twice is sent for its first place only.
             mine = [
-                index
-                for index in range(call.first_index, call.first_index + call.n)
-                if (slots := self._slots[prepared.key(index)])
-                # A sample asked for twice is sent for its first place only.
-                and slots[0] == Slot(position, index - call.first_index)
+                (first + offset, key)
+                for offset, key in enumerate(keys[position])
+                if (slots := self._slots[key]) and slots[0] == (position, offset)
             ]
-            if self._sender.server.provider_n and not call.echo and mine:
-                units.append(Unit(prepared, mine))
+            if together and mine and not prepared.call.echo:
+                yield Unit(prepared, [index for index, _ in mine], [key for _, key in mine])
             else:
-                units += [Unit(prepared, [index]) for index in mine]
-        return units
+                for index, key in mine:
+                    yield Unit(prepared, [index], [key])
 
     def _call(self, slot: Slot) -> Call:
-        return self._prepared[slot.position].call
+        return self._prepared[slot[0]].call
 
     # --------------------------------------------------------------------------------- working
 
@@ -140,8 +131,8 @@ class Job:
                 unit = self._units.popleft()
                 self._working[task] = unit
                 outcomes = await self._sender.send(unit, self._is_stopped)
-                for index, outcome in zip(unit.indices, outcomes, strict=True):
-                    self._take(unit.prepared.key(index), outcome)
+                for key, outcome in zip(unit.keys, outcomes, strict=True):
+                    self._take(key, outcome)
                 self._judge_the_job()
         except asyncio.CancelledError:
             if self._stop is None:
@@ -173,9 +164,9 @@ class Job:
             self._put(slot, found)
 
     def _put(self, slot: Slot, outcome: Outcome) -> None:
-        self.results[slot.position][slot.offset] = outcome
-        index = self._call(slot).first_index + slot.offset
-        self._deliver(Result(slot.position, index, outcome))
+        position, offset = slot
+        self.results[position][offset] = outcome
+        self._deliver(Result(position, self._call(slot).first_index + offset, outcome))
 
     def _count(self, outcome: Outcome) -> None:
         self._finished += 1
@@ -227,25 +218,16 @@ def judge(call: Call, outcome: Outcome) -> Outcome:
     )
 
 
-def prefix_order(contents: Sequence[Any]) -> list[int]:
+def prefix_order(texts: Sequence[str]) -> list[int]:
     """Positions in an order that keeps shared beginnings together, so that a server's prefix cache
     still has them; groups, and prompts without a shared beginning, stay in the given order."""
-    first: dict[Any, int] = {}
+    first: dict[str, int] = {}
     ranks = []
-    for position, content in enumerate(contents):
-        text = _flat(content)
+    for position, text in enumerate(texts):
         rank = [
             first.setdefault(text[:length], position)
             for length in _PREFIX_LENGTHS
             if len(text) >= length
         ]
         ranks.append((*rank, position))
-    return sorted(range(len(contents)), key=ranks.__getitem__)
-
-
-def _flat(content: Any) -> str | bytes:
-    if isinstance(content, str):
-        return content
-    if content and isinstance(content[0], dict):
-        return json.dumps(content)
-    return array("q", content).tobytes()
+    return sorted(range(len(texts)), key=ranks.__getitem__)

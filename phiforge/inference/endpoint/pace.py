@@ -1,7 +1,7 @@
-"""How fast to send: a limit on calls in flight that adapts to the server, and how long to wait.
+"""How fast to send: a limit on calls in flight that adapts to the server, and its Retry-After.
 
 `permit = await pace.enter()` … `pace.leave()`; tell it `succeeded()` or `throttled(permit, ...)`.
-`full_jitter(generator, attempt)` and `retry_after(headers)` are waits in seconds.
+`retry_after(header)` is a server's wait in seconds.
 """
 
 from __future__ import annotations
@@ -9,14 +9,11 @@ from __future__ import annotations
 import asyncio
 import email.utils
 import math
-import random
 import time
 from collections import deque
 
 CUT = 0.75  # what a 429 leaves of the limit
 GROWTH = 1 / 16  # at least so much is added to it per success; 1 / limit where that is more
-FIRST_WAIT_SECONDS = 0.5
-LONGEST_WAIT_SECONDS = 30.0
 
 
 class Pace:
@@ -79,12 +76,6 @@ class Pace:
             if not place.done():
                 place.set_result(None)
                 free -= 1
-
-
-def full_jitter(generator: random.Random, attempt: int) -> float:
-    """Seconds before attempt `attempt` + 1 (from 1): uniform up to a doubling, capped bound."""
-    bound = min(LONGEST_WAIT_SECONDS, FIRST_WAIT_SECONDS * 2 ** (attempt - 1))
-    return generator.uniform(0.0, bound)
 
 
 def retry_after(value: str | None, now: float | None = None) -> float | None:

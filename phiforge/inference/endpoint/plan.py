@@ -91,7 +91,7 @@ def _missing(prepared: Sequence[Prepared], store: Store) -> Iterator[int]:
     seen: set[bytes] = set()
     for one in prepared:
         call = one.call
-        keys = [one.key(call.first_index + offset) for offset in range(call.n)]
+        keys = one.sample_keys()
         found = {key: load(text) for key, text in store.lookup(keys).items()}
         good = {key for key, answer in found.items() if judge(call, answer) is answer}
         wanted = set(keys) - good - seen

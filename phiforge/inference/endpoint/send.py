@@ -14,9 +14,9 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from phiforge.inference.endpoint.budget import Account, Spend
+from phiforge.inference.endpoint.budget import NOTHING, Account, Spend
 from phiforge.inference.endpoint.calls import Answer, Failure, FailureKind, Outcome
-from phiforge.inference.endpoint.pace import Pace, full_jitter
+from phiforge.inference.endpoint.pace import Pace
 from phiforge.inference.endpoint.replies import Choice, Garbage, Parsed, first_bytes, parse
 from phiforge.inference.endpoint.transport import Reply, TimedOut, Transport, Unreachable
 from phiforge.inference.endpoint.wire import (
@@ -37,10 +37,12 @@ _HINTS = {
 
 @dataclass
 class Unit:
-    """One request to make: samples `indices` of one call. `in_flight` while it is on the wire."""
+    """One request to make: samples `indices` of one call and their cache keys. `in_flight` while
+    it is on the wire."""
 
     prepared: Prepared
     indices: list[int]
+    keys: list[bytes]
     in_flight: bool = False
 
 
@@ -57,10 +59,18 @@ class Trouble:
 
 @dataclass(frozen=True)
 class Patience:
-    """How long to try: attempts of one request, and seconds to wait where the server throttles."""
+    """How long to try: attempts of one request, seconds to wait where the server throttles, and
+    the bounds of the waits between attempts (uniform below a doubling bound)."""
 
     attempts: int = 6
     throttled_seconds: float = 300.0
+    first_wait_seconds: float = 0.5
+    longest_wait_seconds: float = 30.0
+
+    def wait(self, generator: random.Random, attempt: int) -> float:
+        """Seconds before attempt `attempt` + 1 (from 1), with full jitter."""
+        bound = self.first_wait_seconds * 2 ** min(attempt - 1, 60)
+        return generator.uniform(0.0, min(self.longest_wait_seconds, bound))
 
 
 class Sender:
@@ -97,7 +107,7 @@ class Sender:
             counts["garbage"] += found.kind == "garbage"
             counts["counted"] += found.kind != "rate"
             asked = found.wait_seconds
-            wait = full_jitter(self._generator, counts["all"]) if asked is None else asked
+            wait = self.patience.wait(self._generator, counts["all"]) if asked is None else asked
             waited = time.monotonic() - begun + wait
             if stopped() or self._is_final(found, counts, waited):
                 failure = self._failure(found, counts["all"])
@@ -145,16 +155,15 @@ class Sender:
         """One request: place, reservation, POST, settlement."""
         prepared = unit.prepared
         body = prepared.payload(self.server, unit.indices, with_schema)
-        worst = self._worst(unit)
         permit = await self.pace.enter()
         try:
-            await self.account.reserve(worst)
+            worst = await self._reserve(unit)
             unit.in_flight = True
             try:
                 reply = await self.transport.post(prepared.path, body)
                 found = self._read(reply, unit)
             except BaseException as error:
-                found = self._broken(error, worst)
+                found = self._broken(error, unit, worst)
                 if found is None:
                     raise
                 return found
@@ -174,35 +183,38 @@ class Sender:
         wait = trouble.wait_seconds
         return wait if wait is not None and wait <= self.patience.throttled_seconds else None
 
-    def _broken(self, error: BaseException, worst: Spend) -> Trouble | None:
+    def _broken(self, error: BaseException, unit: Unit, worst: Spend | None) -> Trouble | None:
         """Errors of the exchange; what may have been charged is entered as lost."""
         if isinstance(error, Unreachable):
-            self.account.settle(worst, lost=error.sent)
+            self.account.settle(worst, lost=self._worst(unit) if error.sent else NOTHING)
             return Trouble("connection", f"{self.transport.shown_url}: {error}")
-        self.account.settle(worst, lost=True)
+        self.account.settle(worst, lost=self._worst(unit))
         if isinstance(error, TimedOut):
             return Trouble("timeout", f"{self.transport.shown_url}: {error}")
         if isinstance(error, Garbage):
             return Trouble("garbage", f"the server sent {error}", status=200)
         return None
 
+    async def _reserve(self, unit: Unit) -> Spend | None:
+        """Hold what the request can cost at most; None without a budget."""
+        if self.account.budget is None:
+            return None
+        worst = self._worst(unit)
+        await self.account.reserve(worst)
+        return worst
+
     def _worst(self, unit: Unit) -> Spend:
-        """What the request can cost at most; reckoned only where it matters."""
         call, samples = unit.prepared.call, len(unit.indices)
         most = 1 if call.echo else call.sampling.max_tokens
-        prompt = worst_tokens(unit.prepared.content, self._counter)
+        prompt = worst_tokens(unit.prepared.content, self.tokenizer)
         return self.account.spend(prompt, most * samples)
-
-    @property
-    def _counter(self) -> object:
-        return self.tokenizer if self.account.budget is not None else None
 
     def _read(self, reply: Reply, unit: Unit) -> Parsed | Trouble:
         if 200 <= reply.status < 300:
             return parse(reply.body, unit.prepared.path)
         return sort_status(reply)
 
-    def _answers(self, parsed: Parsed, unit: Unit, worst: Spend) -> list[Answer | Failure]:
+    def _answers(self, parsed: Parsed, unit: Unit, worst: Spend | None) -> list[Answer | Failure]:
         choices = parsed.choices[: len(unit.indices)]
         completion = [self._completion_tokens(choice) for choice in choices]
         total = parsed.completion_tokens

@@ -11,13 +11,13 @@ import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
-from phiforge.inference.endpoint.pace import retry_after
+import aiohttp
+from yarl import URL
 
-if TYPE_CHECKING:
-    import aiohttp
+from phiforge.inference.endpoint.pace import retry_after
 
 CONNECT_SECONDS = 15.0
 # Shorter than uvicorn's 5 s: a connection the server is about to close is not used again.
@@ -105,8 +105,6 @@ class Transport:
 
     async def post(self, path: str, body: bytes) -> Reply:
         """One POST. Raises Unreachable, TimedOut; a reply of any status is a Reply."""
-        import aiohttp
-
         session = self._session or self._open()
         try:
             async with session.post(self._address(path), data=body, allow_redirects=False) as reply:
@@ -150,15 +148,11 @@ class Transport:
 
     def _address(self, path: str) -> Any:
         if path not in self._addresses:
-            from yarl import URL
-
             url = URL(self._url.rstrip("/") + path) % dict(self._access.query)
             self._addresses[path] = url.with_user(None)
         return self._addresses[path]
 
     def _open(self) -> aiohttp.ClientSession:
-        import aiohttp
-
         key = self._access.key()
         parts = urlsplit(self._url)
         headers = {"Content-Type": "application/json", "Accept": "application/json"}

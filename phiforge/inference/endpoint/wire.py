@@ -1,6 +1,6 @@
 """A Call as the JSON that an OpenAI-compatible server takes, its cache key, and its size.
 
-`prepare(call, server, tokenizer)` gives path, body and keys; `expected_tokens` and `worst_tokens`
+`Preparer(server, tokenizer).prepare(call)` gives body and keys; `expected_tokens`, `worst_tokens`
 count a prompt by the tokenizer, or estimate and bound it without one.
 """
 
@@ -15,10 +15,12 @@ from typing import Any
 from phiforge.inference.endpoint.calls import Api, Call, sample_seed
 from phiforge.inference.interface import prompt_token_ids
 
+_json = json.JSONEncoder(separators=(",", ":")).encode
 CHAT, COMPLETIONS = "/chat/completions", "/completions"
 KEY_VERSION = 1
 # Room for what a server's chat template adds: role names, marks, a default system message.
 _TEMPLATE_TOKENS = 64
+_OURS = {"model", "messages", "prompt", "n", "seed", "stream", "response_format", "echo"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,58 +38,104 @@ class Server:
 
 
 @dataclass(frozen=True)
-class Prepared:
-    """A call ready to send: `body` lacks only `n` and `seed`; `digest` + index makes a key."""
+class Form:
+    """What the calls of a job mostly share: API, sampling, seed, schema, template version.
+
+    `beginning` is the body's JSON up to the prompt; `digest` stands for all of it in cache keys.
+    """
 
     call: Call
     path: str
-    body: Mapping[str, Any]
+    beginning: str
     digest: bytes
 
-    def key(self, index: int) -> bytes:
-        """The cache key of sample `index`."""
-        text = self.digest + index.to_bytes(8, "big")
-        return hashlib.blake2b(text, digest_size=20).digest()
+    def fits(self, call: Call, path: str) -> bool:
+        """Whether another call, through the same API, shares it."""
+        mine = self.call
+        return (
+            path == self.path
+            and (call.sampling is mine.sampling or call.sampling == mine.sampling)
+            and call.schema is mine.schema
+            and (call.seed, call.template_version) == (mine.seed, mine.template_version)
+            and call.echo == mine.echo
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A call ready to send. `content` are the messages, text or token ids as sent, `text` their
+    JSON; `digest` + index makes a cache key."""
+
+    call: Call
+    form: Form
+    content: Any
+    text: str
+    digest: bytes
+
+    @property
+    def path(self) -> str:
+        """Which API it goes to."""
+        return self.form.path
+
+    def sample_keys(self) -> list[bytes]:
+        """The cache keys of the call's samples, in order."""
+        first = self.call.first_index
+        return [
+            hashlib.blake2b(self.digest + index.to_bytes(8, "big"), digest_size=20).digest()
+            for index in range(first, first + self.call.n)
+        ]
 
     def payload(self, server: Server, indices: Sequence[int], with_schema: bool) -> bytes:
         """The request for samples `indices` (more than one only with the provider's `n`)."""
-        body = dict(self.body)
+        text, more = self.text, ""
         if server.sends_seed and not self.call.echo:
-            body["seed"] = sample_seed(self.call.seed, indices[0])
+            more += f',"seed":{sample_seed(self.call.seed, indices[0])}'
         if len(indices) > 1:
-            body["n"] = len(indices)
-        if self.call.schema is not None:
-            if with_schema:
-                described = {"name": "answer", "schema": self.call.schema}
-                body["response_format"] = {"type": "json_schema", "json_schema": described}
-            else:
-                name = "messages" if self.path == CHAT else "prompt"
-                body[name] = _told(self.content, self.call)
-        return json.dumps(body, separators=(",", ":")).encode()
-
-    @property
-    def content(self) -> Any:
-        """Messages, text or token ids, as sent."""
-        return self.body["messages"] if self.path == CHAT else self.body["prompt"]
+            more += f',"n":{len(indices)}'
+        if self.call.schema is not None and with_schema:
+            described = {"name": "answer", "schema": self.call.schema}
+            shape = {"type": "json_schema", "json_schema": described}
+            more += f',"response_format":{_json(shape)}'
+        elif self.call.schema is not None:
+            text = _json(_told(self.content, self.call))
+        name = "messages" if self.path == CHAT else "prompt"
+        return f'{self.form.beginning},"{name}":{text}{more}}}'.encode()
 
 
-def prepare(call: Call, server: Server, tokenizer: Any) -> Prepared:
-    """Choose the API, build the body. Raises ValueError for prompts it cannot carry."""
-    path, content = _route(call, server, tokenizer)
-    body: dict[str, Any] = {"model": server.model}
-    body["messages" if path == CHAT else "prompt"] = content
-    body |= _sampling(call, server, path)
-    body |= server.extra_body
+class Preparer:
+    """Calls to Prepared; the Form of the last call serves the next when it fits."""
+
+    def __init__(self, server: Server, tokenizer: Any):
+        if taken := _OURS & server.extra_body.keys():
+            raise ValueError(f"extra_body: {', '.join(sorted(taken))}: set by the client itself")
+        self._server, self._tokenizer = server, tokenizer
+        self._form: Form | None = None
+
+    def prepare(self, call: Call) -> Prepared:
+        """Choose the API, write the body. Raises ValueError for prompts it cannot carry."""
+        path, content = _route(call, self._server, self._tokenizer)
+        form = self._form
+        if form is None or not form.fits(call, path):
+            form = self._form = _form(call, path, self._server)
+        text = _json(content)
+        digest = hashlib.blake2b(form.digest + text.encode(), digest_size=20).digest()
+        return Prepared(call, form, content, text, digest)
+
+
+def _form(call: Call, path: str, server: Server) -> Form:
+    fields = {**_sampling(call, server, path), **server.extra_body}
     key = {
         "version": KEY_VERSION,
-        "body": {**body, "model": server.base_model},
+        "path": path,
+        "model": server.base_model,
+        "fields": fields,
         "seed": call.seed,
         "schema": call.schema,
         "template": call.template_version,
     }
-    text = json.dumps(key, sort_keys=True, separators=(",", ":"))
-    digest = hashlib.blake2b(text.encode(), digest_size=20).digest()
-    return Prepared(call, path, body, digest)
+    text = json.dumps(key, sort_keys=True)
+    beginning = _json({"model": server.model, **fields})[:-1]
+    return Form(call, path, beginning, hashlib.blake2b(text.encode(), digest_size=20).digest())
 
 
 def _route(call: Call, server: Server, tokenizer: Any) -> tuple[str, Any]:
@@ -128,10 +176,11 @@ def _sampling(call: Call, server: Server, path: str) -> dict[str, Any]:
         return {"max_tokens": 1, "temperature": 0, "echo": True, "logprobs": 1}
     sampling = call.sampling
     field_name = server.max_tokens_field if path == CHAT else "max_tokens"
-    body: dict[str, Any] = {field_name: sampling.max_tokens, "temperature": sampling.temperature}
+    body: dict[str, Any] = {field_name: sampling.max_tokens}
+    body["temperature"] = float(sampling.temperature)  # 1 and 1.0 are one cache key
     for name, off in (("top_p", 1.0), ("top_k", 0), ("min_p", 0.0)):
-        if getattr(sampling, name) != off:
-            body[name] = getattr(sampling, name)
+        if (value := getattr(sampling, name)) != off:
+            body[name] = type(off)(value)
     if sampling.stop:
         body["stop"] = list(sampling.stop)
     if sampling.logprobs:
