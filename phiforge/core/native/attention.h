@@ -138,16 +138,17 @@ void attend(const Heads& heads, long position, long tokens, AttentionScratch<Act
     const HeadBlock<Act, Kv> cached = block(j);
     const Act* queries = scratch.queries.get() + t0 * group * e;
     Act* weights = scratch.weights.get();
-    rows_of(loader, live, vectors, queries, e, (const uint8_t*)cached.keys, key_stride,
-            vector_bytes, ceil_div(heads.size, STEP), scores, BLOCK, true);
+    const Strip keys{(const uint8_t*)cached.keys, key_stride, ceil_div(heads.size, STEP)};
+    const Strip values{(const uint8_t*)cached.values(), value_stride, ceil_div(count, STEP)};
+    rows_of(loader, live, vectors, queries, e, keys, vector_bytes, scores, BLOCK, true);
     for (long r = 0; r < live; r++) {
       const long row = t0 * group + r, here = position + row / group - start;
       soften(scores + r * BLOCK, vectors, std::max(0L, here - window + 1),
              std::min(BLOCK - 1, here), scale, weights + r * BLOCK, scratch.maxima[row],
              scratch.totals[row], sums + row * e, e);
     }
-    rows_of(loader, live, (int)(e / LANES), weights, BLOCK, (const uint8_t*)cached.values(),
-            value_stride, vector_bytes, ceil_div(count, STEP), sums + t0 * group * e, e, false);
+    rows_of(loader, live, (int)(e / LANES), weights, BLOCK, values, vector_bytes,
+            sums + t0 * group * e, e, false);
   }
   for (long row = 0; row < rows; row++) write(row, sums + row * e, 1.0f / scratch.totals[row]);
 }

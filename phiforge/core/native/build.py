@@ -94,9 +94,16 @@ def _build(name: str, generic: bool, cxx: str, path: str, folder: Path) -> Libra
     try:
         compiler = _compiler(cxx, path)
         defines = ("-DPHIFORGE_GENERIC",) if generic else ()
-        return _compiled(name, compiler, _BASE_FLAGS + defines, folder)
+        return _compiled(name, compiler, _BASE_FLAGS + _own_flags(name) + defines, folder)
     except (CompileError, OSError) as error:
         return str(error)
+
+
+def _own_flags(name: str) -> tuple[str, ...]:
+    """Flags that a file asks for in a comment: `// compile with: -flag ...`, up to a bracket."""
+    text = (_FOLDER / f"{name}.cpp").read_text(encoding="utf-8")
+    asked = re.search(r"^// compile with: ([^(\n]*)", text, re.M)
+    return tuple(asked.group(1).split()) if asked else ()
 
 
 def _compiler(cxx: str, path: str) -> list[str]:

@@ -12,6 +12,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <type_traits>
 #include <vector>
 #ifdef _OPENMP
 #include <omp.h>
@@ -22,10 +23,15 @@
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && !defined(PHIFORGE_GENERIC)
 #define PHI_AVX512 1
-#include <immintrin.h>
 #if defined(__AVX512BF16__) && defined(__AVX512VBMI__)
 #define PHI_DOT_PAIRS 1  // products of bf16 pairs summed in fp32, one instruction
 #endif
+#endif
+
+#if defined(__AVX512F__) || defined(__FMA__)
+#include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #define PHI_INLINE inline __attribute__((always_inline))
@@ -77,11 +83,30 @@ PHI_INLINE f32x16 load(const float* from) { return load_as<f32x16>(from); }
 PHI_INLINE void store(float* to, f32x16 value) { store_as(to, value); }
 PHI_INLINE f32x16 splat(float value) { return value - f32x16{}; }
 
+// a b + c rounded once wherever the machine can. Spelled out: a compiler that may contract a * b + c
+// does so in one instance of a function and not in another, and results would depend on which.
 PHI_INLINE f32x16 fma(f32x16 a, f32x16 b, f32x16 c) {
-#ifdef PHI_AVX512
+#if defined(PHI_AVX512)
   return (f32x16)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)c);
+#elif defined(__FMA__)
+  f32x16 out;
+  for (int part = 0; part < 2; part++) {
+    const long at = 32 * part;
+    __m256 x = load_as<__m256>((const char*)&a + at), y = load_as<__m256>((const char*)&b + at);
+    store_as((char*)&out + at, _mm256_fmadd_ps(x, y, load_as<__m256>((const char*)&c + at)));
+  }
+  return out;
+#elif defined(__ARM_NEON)
+  f32x16 out;
+  for (int part = 0; part < 4; part++) {
+    const long at = 16 * part;
+    float32x4_t x = load_as<float32x4_t>((const char*)&a + at);
+    float32x4_t y = load_as<float32x4_t>((const char*)&b + at);
+    store_as((char*)&out + at, vfmaq_f32(load_as<float32x4_t>((const char*)&c + at), x, y));
+  }
+  return out;
 #else
-  return a * b + c;  // contracted where the machine can
+  return a * b + c;
 #endif
 }
 
@@ -205,10 +230,19 @@ class Team {
  public:
   Team(int size, Counter* counters) : size_(size), counters_(counters) {}
 
+  // work(item) or work(item, next), next being the item this thread does after it (>= num_items:
+  // none). No barrier at the end: call wait().
   template <class Work>
-  void each(long num_items, Work work) {  // no barrier at the end: call wait()
-    std::atomic<long>& next = counters_[phase_++].next;
-    for (long item; (item = take(next)) < num_items;) work(item);
+  void each(long num_items, Work work) {
+    std::atomic<long>& counter = counters_[phase_++].next;
+    for (long item = take(counter); item < num_items;) {
+      const long next = take(counter);
+      if constexpr (std::is_invocable<Work, long, long>::value)
+        work(item, next);
+      else
+        work(item);
+      item = next;
+    }
   }
   void wait() const {
 #ifdef _OPENMP

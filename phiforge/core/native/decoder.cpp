@@ -5,6 +5,8 @@
 // Threads walk through phases of small items with a barrier after each. Residual, norms, RoPE,
 // softmax and SwiGLU are fp32; matrices take activations in bf16 (fp32 for fp32 weights and where
 // the machine has no bf16 products).
+//
+// compile with: -ffp-contract=off (fused multiply-adds are spelled out: see fma in common.h)
 
 #include "attention.h"
 #include "common.h"
@@ -48,9 +50,9 @@ class Decoder {
       : model_(model), layers_(model.layers, model.layers + model.num_layers) {
     heads_ = {model.num_heads, model.num_kv_heads, model.head_size, model.window,
               model.rotary_half};
-    hidden_stride_ = round_up(model.hidden, GROUP);
-    attended_stride_ = round_up(model.num_heads * model.head_size, GROUP);
-    mlp_stride_ = round_up(model.intermediate, GROUP);
+    hidden_stride_ = row_stride(model.hidden);
+    attended_stride_ = row_stride(model.num_heads * model.head_size);
+    mlp_stride_ = row_stride(model.intermediate);
     projected_stride_ =
         round_up((model.num_heads + 2 * model.num_kv_heads) * model.head_size, PANEL);
   }
@@ -279,6 +281,9 @@ class Decoder {
     }
     num_written_ = (long)written_.size();
   }
+
+  // Whole groups, and one more: rows a power of two apart would fight for the same cache lines.
+  static long row_stride(long size) { return round_up(size, GROUP) + GROUP; }
 
   // Working memory for n tokens. What pads a row must be zero: weights there are zero, but zero
   // times NaN is NaN.

@@ -127,7 +127,9 @@ struct LoadInt4 {
   }
 };
 
-typedef LoadBf16 LoadWork;  // of a converted stretch
+template <class Loader>  // of a converted stretch
+using LoadWork =
+    typename std::conditional<std::is_same<Loader, struct Load1Fp32>::value, Loader, LoadBf16>::type;
 #endif  // PHI_DOT_PAIRS
 
 // Single inputs, weights as fp32; names carry a 1.
@@ -180,7 +182,8 @@ struct Load1Int4 {
 
 #ifndef PHI_DOT_PAIRS
 typedef f32x16 Vector;
-typedef Load1Fp32 LoadWork;
+template <class Loader>
+using LoadWork = Load1Fp32;
 typedef Load1Bf16 LoadBf16;
 typedef Load1Int8 LoadInt8;
 typedef Load1Int4 LoadInt4;
@@ -218,43 +221,72 @@ inline long Matrix::panel_bytes() const {
 
 // ---- The inner loops ------------------------------------------------------------------------
 
-// sums[R][16 V] += x[R][steps] w[steps][16 V]; `fresh` starts from zero. Lines at `ahead` are
-// fetched on the way, `ahead_bytes` per step (0: none).
-template <int R, int V, class Act, class Loader>
-PHI_INLINE void tile(const Loader& weights, const Act* x, long x_stride, const uint8_t* w,
-                     long w_stride, long steps, float* sums, long sums_stride, bool fresh,
-                     const uint8_t* ahead, long ahead_bytes) {
-  typedef typename Kernel<Act>::Vector Vec;
-  constexpr long STEPS = Kernel<Act>::STEP;
-  f32x16 sum[R][V];
-  PHI_UNROLL for (int r = 0; r < R; r++)
-    PHI_UNROLL for (int v = 0; v < V; v++)
-      sum[r][v] = fresh ? f32x16{} : load(sums + r * sums_stride + LANES * v);
-  for (long step = 0; step < steps; step++) {
-    Vec vectors[V];
-    weights.template operator()<V>(w, vectors);
-    w += w_stride;
-    for (long byte = 0; byte < ahead_bytes; byte += 64) __builtin_prefetch(ahead + byte, 0, 2);
-    ahead += ahead_bytes;
-    PHI_UNROLL for (int r = 0; r < R; r++) {
-      Vec value = broadcast(x + r * x_stride + step * STEPS);
-      PHI_UNROLL for (int v = 0; v < V; v++)
-        sum[r][v] = multiply_add(vectors[v], value, sum[r][v]);
-    }
+// Lines of memory to fetch while multiplying: `lines` per step from `from` on.
+struct Ahead {
+  const uint8_t* from = nullptr;
+  long lines = 0;
+
+  PHI_INLINE void fetch() {
+    for (long line = 0; line < lines; line++) __builtin_prefetch(from + 64 * line, 0, 2);
+    from += 64 * lines;
   }
-  PHI_UNROLL for (int r = 0; r < R; r++)
-    PHI_UNROLL for (int v = 0; v < V; v++)
-      store(sums + r * sums_stride + LANES * v, sum[r][v]);
+};
+
+// The weights of one call: `groups` groups of `steps` steps, `stride` bytes a step. int4: after
+// each group sums are scaled by 64 bf16 numbers; w and scales advance by their group strides.
+struct Strip {
+  const uint8_t* w;
+  long stride, steps;
+  long groups = 1, group_stride = 0;
+  const uint8_t* scales = nullptr;
+  long scale_stride = 0;
+};
+
+// sums[R][16 V] += x[R][steps] w[steps][16 V]; `fresh` starts from zero.
+template <int R, int V, class Act, class Loader>
+PHI_INLINE void tile(const Loader& weights, const Act* x, long x_stride, Strip strip, float* sums,
+                     long sums_stride, bool fresh, Ahead ahead) {
+  typedef typename Kernel<Act>::Vector Vec;
+  constexpr long STEP = Kernel<Act>::STEP;
+  f32x16 sum[R][V];
+  const uint8_t* w = strip.w;
+  for (long group = 0; group < strip.groups; group++) {
+    PHI_UNROLL for (int r = 0; r < R; r++)
+      PHI_UNROLL for (int v = 0; v < V; v++)
+        sum[r][v] = Loader::GROUPED || fresh ? f32x16{} : load(sums + r * sums_stride + LANES * v);
+    for (long step = 0; step < strip.steps; step++) {
+      Vec vectors[V];
+      weights.template operator()<V>(w, vectors);
+      w += strip.stride;
+      ahead.fetch();
+      PHI_UNROLL for (int r = 0; r < R; r++) {
+        Vec value = broadcast(x + r * x_stride);
+        PHI_UNROLL for (int v = 0; v < V; v++)
+          sum[r][v] = multiply_add(vectors[v], value, sum[r][v]);
+      }
+      x += STEP;
+    }
+    w += strip.group_stride;
+    PHI_UNROLL for (int r = 0; r < R; r++)
+      PHI_UNROLL for (int v = 0; v < V; v++) {
+        float* at = sums + r * sums_stride + LANES * v;
+        if constexpr (Loader::GROUPED) {
+          f32x16 scale = load_bf16((const uint16_t*)strip.scales + LANES * v);
+          f32x16 before = fresh && group == 0 ? f32x16{} : load(at);
+          sum[r][v] = fma(sum[r][v], scale, before);
+        }
+        store(at, sum[r][v]);
+      }
+    strip.scales += strip.scale_stride;
+  }
 }
 
 template <int V, class Act, class Loader>
-void tile_of(long rows, const Loader& weights, const Act* x, long x_stride, const uint8_t* w,
-             long w_stride, long steps, float* sums, long sums_stride, bool fresh,
-             const uint8_t* ahead = nullptr, long ahead_bytes = 0) {
-#define PHI_TILE(R)                                                                              \
-  case R:                                                                                        \
-    return tile<R, V>(weights, x, x_stride, w, w_stride, steps, sums, sums_stride, fresh, ahead, \
-                      ahead_bytes);
+void tile_of(long rows, const Loader& weights, const Act* x, long x_stride, const Strip& strip,
+             float* sums, long sums_stride, bool fresh, Ahead ahead = {}) {
+#define PHI_TILE(R) \
+  case R:           \
+    return tile<R, V>(weights, x, x_stride, strip, sums, sums_stride, fresh, ahead);
   switch (rows) {
     PHI_TILE(1)
     PHI_TILE(2)
@@ -282,21 +314,21 @@ PHI_INLINE void each_tile(long rows, Use use) {
   }
 }
 
-// All rows, `vectors` x 16 outputs: the panel in narrower strips where registers are few.
+// All rows, `vectors` x 16 outputs, in strips as wide as registers allow.
 template <class Act, class Loader>
 void rows_of(const Loader& weights, long rows, int vectors, const Act* x, long x_stride,
-             const uint8_t* w, long w_stride, long bytes_per_vector, long steps, float* sums,
-             long sums_stride, bool fresh) {
+             const Strip& whole, long bytes_per_vector, float* sums, long sums_stride, bool fresh) {
   each_tile<Act>(rows, [&](long first, long height) {
     const Act* from = x + first * x_stride;
     float* to = sums + first * sums_stride;
     for (int v = 0; v < vectors;) {
-      const uint8_t* strip = w + v * bytes_per_vector;
-      int width = std::min(vectors - v, Kernel<Act>::VECTORS);
-#define PHI_STRIP(V)                                                                        \
-  case V:                                                                                   \
-    tile_of<V>(height, weights, from, x_stride, strip, w_stride, steps, to + LANES * v,     \
-               sums_stride, fresh);                                                         \
+      Strip strip = whole;
+      strip.w += v * bytes_per_vector;
+      if (strip.scales) strip.scales += v * LANES * sizeof(uint16_t);
+      const int width = std::min(vectors - v, Kernel<Act>::VECTORS);
+#define PHI_STRIP(V)                                                                           \
+  case V:                                                                                      \
+    tile_of<V>(height, weights, from, x_stride, strip, to + LANES * v, sums_stride, fresh);    \
     break;
       switch (width) {
         PHI_STRIP(1)
@@ -321,88 +353,101 @@ void rows_of(const Loader& weights, long rows, int vectors, const Act* x, long x
 struct MatmulScratch {
   alignas(64) uint8_t converted[STRETCH * PANEL * 4];
   alignas(64) float sums[MAX_ROWS * PANEL];
-  alignas(64) float group[MAX_ROWS * PANEL];
 };
 
-// Weights of `steps` steps as the working type, [step][64] vectors as LoadWork reads them.
+// A stretch's weights as the loader of converted weights reads them, 256 bytes a step.
 template <class Vector, class Loader>
-void convert(const Loader& loader, const uint8_t* w, long w_stride, long steps, uint8_t* out) {
-  for (long step = 0; step < steps; step++) {
-    Vector vectors[4];
-    loader.template operator()<4>(w + step * w_stride, vectors);
-    for (int v = 0; v < 4; v++) store_as(out + 64 * v, vectors[v]);
-    out += 4 * 64;
-  }
-}
-
-// sums[r][64] += scale[64] x group[r][64]
-PHI_INLINE void add_scaled(long rows, const float* group, const uint16_t* scale, float* sums) {
-  for (int v = 0; v < 4; v++) {
-    f32x16 factor = load_bf16(scale + LANES * v);
-    for (long r = 0; r < rows; r++) {
-      long at = r * PANEL + LANES * v;
-      store(sums + at, fma(load(group + at), factor, load(sums + at)));
+Strip convert(const Loader& loader, const Strip& strip, uint8_t* out) {
+  Strip made = strip;
+  made.w = out;
+  made.stride = 4 * 64;
+  made.group_stride = 0;
+  const uint8_t* w = strip.w;
+  for (long group = 0; group < strip.groups; group++, w += strip.group_stride)
+    for (long step = 0; step < strip.steps; step++, w += strip.stride, out += 4 * 64) {
+      Vector vectors[4];
+      loader.template operator()<4>(w, vectors);
+      for (int v = 0; v < 4; v++) store_as(out + 64 * v, vectors[v]);
     }
-  }
+  return made;
 }
 
-// How far ahead in memory weights are fetched: enough to cover the latency at full bandwidth.
-constexpr long FETCH_AHEAD = 4096;
-
-// Tiles over one stretch. The first fetches weights ahead of itself; the rest work from L1.
+// All tiles over one stretch; together they fetch the next stretch on the way.
 template <class Act, class Loader>
 PHI_INLINE void stretch(const Loader& loader, long rows, const Act* x, long x_stride,
-                        const uint8_t* w, long w_stride, long steps, float* sums, bool fresh,
-                        bool stream) {
-  constexpr int V = Kernel<Act>::VECTORS;
-  if constexpr (V == 4) {
+                        const Strip& strip, float* sums, bool fresh, const uint8_t* next,
+                        long next_bytes) {
+  if constexpr (Kernel<Act>::VECTORS == 4) {
+    const long tiles = ceil_div(rows, Kernel<Act>::ROWS), steps = strip.steps * strip.groups;
+    const long lines = ceil_div(ceil_div(next_bytes, 64 * steps), tiles);
+    long fetched = 0;
     each_tile<Act>(rows, [&](long first, long height) {
-      long ahead = stream && first == 0 ? w_stride : 0;
-      tile_of<4>(height, loader, x + first * x_stride, x_stride, w, w_stride, steps,
-                 sums + first * PANEL, PANEL, fresh, w + FETCH_AHEAD, ahead);
+      Ahead ahead{next + fetched, fetched < next_bytes ? lines : 0};
+      fetched += 64 * lines * steps;
+      tile_of<4>(height, loader, x + first * x_stride, x_stride, strip, sums + first * PANEL,
+                 PANEL, fresh, ahead);
     });
   } else {
-    rows_of(loader, rows, 4, x, x_stride, w, w_stride, w_stride / 4, steps, sums, PANEL, fresh);
+    rows_of(loader, rows, 4, x, x_stride, strip, strip.stride / 4, sums, PANEL, fresh);
   }
 }
+
+// The loader of converted weights, with the scaling of the format they come from.
+template <class Loader>
+struct Converted : LoadWork<Loader> {
+  static constexpr bool GROUPED = Loader::GROUPED;
+};
 
 // Weights that need converting are converted in registers for up to so many rows, else into L1
 // first: the same values, multiplied in the same order.
 constexpr long DIRECT_ROWS = 4;
 
-template <class Act, class Loader, class Plain>
-void multiply_as(int64_t format, const Matrix& m, long panel, long rows, const Act* x,
+// Bytes between a streamed weight's fetch and its use: the memory's latency at full bandwidth.
+constexpr long FETCH_AHEAD = 4096;
+
+template <class Act, class Loader>
+void multiply_as(const Matrix& m, long panel, long next_panel, long rows, const Act* x,
                  long x_stride, MatmulScratch& scratch) {
-  constexpr long STEPS = Kernel<Act>::STEP;
-  const Loader loader;
-  const Plain plain;
-  const long inputs = m.padded_inputs(), stride = step_bytes(format, STEPS);
-  const long span = Loader::GROUPED ? GROUP : STRETCH;
+  constexpr long STEP = Kernel<Act>::STEP;
+  constexpr bool plain = std::is_base_of<LoadWork<Loader>, Loader>::value;
   constexpr bool can_be_direct = Kernel<Act>::VECTORS == 4 || !Loader::GROUPED;
-  const bool direct =
-      can_be_direct && (std::is_same<Loader, Plain>::value || rows <= DIRECT_ROWS);
-  const uint8_t* w = m.panels + panel * m.panel_bytes();
-  float* target = Loader::GROUPED ? scratch.group : scratch.sums;
-  if (Loader::GROUPED) std::fill_n(scratch.sums, rows * PANEL, 0.0f);
-  for (long k = 0; k < inputs; k += span) {
-    const long steps = std::min(span, inputs - k) / STEPS;
-    const bool fresh = Loader::GROUPED || k == 0;
+  const bool direct = plain || (can_be_direct && rows <= DIRECT_ROWS);
+  const Loader loader;
+  const Converted<Loader> converted;
+  const long inputs = m.padded_inputs(), per_input = step_bytes(m.format, 1);
+  const uint8_t* next_start = m.panels + next_panel * m.panel_bytes();
+  Strip strip;
+  strip.w = m.panels + panel * m.panel_bytes();
+  strip.stride = per_input * STEP;
+  // One tile only streams: shorter stretches, so that weights are fetched just ahead of their use.
+  const long length = rows > Kernel<Act>::ROWS || !direct
+                          ? STRETCH
+                          : std::min(STRETCH, round_up(FETCH_AHEAD / per_input, GROUP));
+  for (long k = 0; k < inputs; k += length) {
+    const long count = std::min(length, inputs - k);
+    strip.steps = count / STEP;
+    long bytes = count * per_input;
+    if (Loader::GROUPED) {
+      strip.steps = GROUP / STEP;
+      strip.groups = count / GROUP;
+      strip.group_stride = GROUP_SCALE_BYTES;
+      strip.scales = strip.w + GROUP * per_input;
+      strip.scale_stride = GROUP * per_input + GROUP_SCALE_BYTES;
+      bytes += strip.groups * GROUP_SCALE_BYTES;
+    }
+    const uint8_t* next = k + count < inputs ? strip.w + bytes : next_start;
     if constexpr (can_be_direct) {
-      if (direct) stretch(loader, rows, x + k, x_stride, w, stride, steps, target, fresh, true);
+      if (direct)
+        stretch(loader, rows, x + k, x_stride, strip, scratch.sums, k == 0, next, bytes);
     }
     if (!direct) {
-      convert<typename Kernel<Act>::Vector>(loader, w, stride, steps, scratch.converted);
-      for (long at = 0; at < steps * stride; at += 64)
-        __builtin_prefetch(w + FETCH_AHEAD + at, 0, 2);
-      stretch(plain, rows, x + k, x_stride, scratch.converted, 256, steps, target, fresh, false);
+      typedef typename Kernel<Act>::Vector Vec;
+      const Strip ready = convert<Vec>(loader, strip, scratch.converted);
+      stretch(converted, rows, x + k, x_stride, ready, scratch.sums, k == 0, next, bytes);
     }
-    w += steps * stride;
-    if (Loader::GROUPED) {
-      add_scaled(rows, scratch.group, (const uint16_t*)w, scratch.sums);
-      w += GROUP_SCALE_BYTES;
-    }
+    strip.w += bytes;
   }
-  if (format == INT8)
+  if (m.format == INT8)
     for (long r = 0; r < rows; r++)
       for (int v = 0; v < 4; v++) {
         float* sum = scratch.sums + r * PANEL + LANES * v;
@@ -410,29 +455,22 @@ void multiply_as(int64_t format, const Matrix& m, long panel, long rows, const A
       }
 }
 
-// scratch.sums[r][64] = x[r] . the panel's 64 outputs, for at most MAX_ROWS rows.
-inline void multiply(const Matrix& m, long panel, long rows, const float* x, long x_stride,
-                     MatmulScratch& scratch) {
-#ifndef PHI_DOT_PAIRS
-  if (m.format == BF16)
-    return multiply_as<float, LoadBf16, LoadWork>(BF16, m, panel, rows, x, x_stride, scratch);
-  if (m.format == INT8)
-    return multiply_as<float, LoadInt8, LoadWork>(INT8, m, panel, rows, x, x_stride, scratch);
-  if (m.format == INT4)
-    return multiply_as<float, LoadInt4, LoadWork>(INT4, m, panel, rows, x, x_stride, scratch);
-#endif
-  multiply_as<float, Load1Fp32, Load1Fp32>(FP32, m, panel, rows, x, x_stride, scratch);
+// scratch.sums[r][64] = x[r] . the panel's 64 outputs, for at most MAX_ROWS rows; the beginning of
+// `next_panel` is fetched on the way.
+template <class Act>
+void multiply(const Matrix& m, long panel, long next_panel, long rows, const Act* x, long x_stride,
+              MatmulScratch& scratch) {
+  if constexpr (std::is_same<Act, Half>::value) {
+    if (m.format == BF16)
+      return multiply_as<Act, LoadBf16>(m, panel, next_panel, rows, x, x_stride, scratch);
+    if (m.format == INT8)
+      return multiply_as<Act, LoadInt8>(m, panel, next_panel, rows, x, x_stride, scratch);
+    if (m.format == INT4)
+      return multiply_as<Act, LoadInt4>(m, panel, next_panel, rows, x, x_stride, scratch);
+  }
+  if constexpr (std::is_same<Act, float>::value)
+    multiply_as<Act, Load1Fp32>(m, panel, next_panel, rows, x, x_stride, scratch);
 }
-#ifdef PHI_DOT_PAIRS
-inline void multiply(const Matrix& m, long panel, long rows, const uint16_t* x, long x_stride,
-                     MatmulScratch& scratch) {
-  if (m.format == BF16)
-    return multiply_as<uint16_t, LoadBf16, LoadWork>(BF16, m, panel, rows, x, x_stride, scratch);
-  if (m.format == INT8)
-    return multiply_as<uint16_t, LoadInt8, LoadWork>(INT8, m, panel, rows, x, x_stride, scratch);
-  multiply_as<uint16_t, LoadInt4, LoadWork>(INT4, m, panel, rows, x, x_stride, scratch);
-}
-#endif
 
 // y = x W^T as items of a phase: finish(first_row, rows, panel, sums[rows][64]).
 template <class Act, class Finish>
@@ -443,11 +481,12 @@ void matmul(Team& team, int threads, const Matrix& m, long rows, const Act* x, l
   // Few panels for many threads: cut the rows too, while a piece keeps whole tiles.
   while (panels * cuts < 4 * threads && rows / (cuts + 1) >= 2 * Kernel<Act>::ROWS) cuts++;
   const long piece = ceil_div(rows, cuts);
-  team.each(panels * cuts, [&](long item) {
-    long panel = item / cuts, first = item % cuts * piece;
-    long count = std::min(piece, rows - first);
+  team.each(panels * cuts, [&](long item, long next) {
+    const long panel = item / cuts, first = item % cuts * piece;
+    const long count = std::min(piece, rows - first);
     if (count <= 0) return;
-    multiply(m, panel, count, x + first * x_stride, x_stride, scratch);
+    multiply(m, panel, std::min(next / cuts, panels - 1), count, x + first * x_stride, x_stride,
+             scratch);
     finish(first, count, panel, scratch.sums);
   });
 }
