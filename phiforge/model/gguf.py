@@ -20,7 +20,12 @@ from phiforge.model.config import PhiConfig
 from phiforge.model.gguf_tokenizer import GgufTokenizer, describe
 from phiforge.model.huggingface import parameter_shapes, resolve_folder
 from phiforge.model.huggingface_config import read_config
-from phiforge.model.huggingface_weights import StoredRows, locate_parameters, read_stacked
+from phiforge.model.huggingface_weights import (
+    StoredRows,
+    joined,
+    locate_parameters,
+    read_stacked,
+)
 from phiforge.model.tokenizer import Tokenizer
 
 Type = Literal["f32", "bf16", "q8_0"]
@@ -152,7 +157,7 @@ def _sources(config: PhiConfig, path: Path) -> Iterator[_Source]:
     rows = locate_parameters(path, parameter_shapes(config), config)
 
     def stored(name: str, *parameters: str) -> _Source:
-        parts = [rows[f"{parameter}.weight"] for parameter in parameters]
+        parts = joined([rows[f"{parameter}.weight"] for parameter in parameters])
         num_rows = sum(part.num_rows for part in parts)
         is_vector = name.endswith("norm")
         shape = (num_rows,) if is_vector else (num_rows, parts[0].num_inputs)

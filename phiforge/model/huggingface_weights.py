@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,19 @@ class StoredRows:
                 return file.get_slice(self.name)[self.first + first : self.first + last]
             except (SafetensorError, RuntimeError) as error:
                 raise _damaged(self.path, error) from error
+
+
+def joined(parts: Sequence[StoredRows]) -> list[StoredRows]:
+    """The parts, neighbours in one stored tensor made one, so that they are read at once."""
+    found: list[StoredRows] = []
+    for part in parts:
+        above = found[-1] if found else None
+        end = above and (above.path, above.name, above.first + above.num_rows)
+        if above and end == (part.path, part.name, part.first):
+            found[-1] = replace(above, num_rows=above.num_rows + part.num_rows)
+            continue
+        found.append(part)
+    return found
 
 
 def read_stacked(parts: Sequence[StoredRows], first: int, last: int) -> Tensor:

@@ -18,7 +18,12 @@ from torch import Tensor
 from phiforge.model.config import PhiConfig
 from phiforge.model.huggingface import parameter_shapes, resolve_folder
 from phiforge.model.huggingface_config import read_config
-from phiforge.model.huggingface_weights import StoredRows, locate_parameters, read_stacked
+from phiforge.model.huggingface_weights import (
+    StoredRows,
+    joined,
+    locate_parameters,
+    read_stacked,
+)
 from phiforge.model.phi import Phi
 from phiforge.model.quantize import Format, Matrix, check_format, quantize, quantize_rows
 
@@ -125,7 +130,7 @@ def from_folder(
     chosen = _stored_format(rows) if format is None else check_format(format)
 
     def convert(names: Sequence[str], to: Format) -> Matrix:
-        parts = [rows[name] for name in names]
+        parts = joined([rows[name] for name in names])
 
         def read(first: int, last: int) -> Tensor:
             return read_stacked(parts, first, last).to(device)
