@@ -17,6 +17,7 @@ Progress = Callable[[int], object]
 # Asked before every draw with the tokens drawn so far (forced ones included): which tokens may
 # come next, as a bool array [vocabulary], or None for all of them.
 TokenMask = Callable[[Sequence[int]], Any]
+TopLogprobs = tuple[tuple[int, float], ...]  # (token id, log-probability), the likeliest first
 
 
 @dataclass(frozen=True)
@@ -26,12 +27,14 @@ class Completion:
     `token_ids` hold every token drawn: when a stop token ended the answer it is the last of them,
     and `text` leaves it out; when a stop string did, `text` ends before it. `logprobs` are the
     model's own at temperature 1, before any filter, one per token, or None when not asked for.
+    `top_logprobs` are those of the likeliest tokens in each one's place, if asked for.
     """
 
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[float, ...] | None
     finish_reason: FinishReason
+    top_logprobs: tuple[TopLogprobs, ...] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +45,7 @@ class Sampling:
     smallest set that holds `top_p` of the probability (arXiv 1904.09751), tokens at least `min_p`
     times as likely as the likeliest (arXiv 2407.01082). `stop` are strings; the tokenizer's stop
     tokens always end an answer, and so do `max_tokens` and the end of the model's context.
+    `logprobs` asks for each token's log-probability, `top_logprobs` for so many alternatives' too.
     """
 
     max_tokens: int = 256
@@ -51,10 +55,14 @@ class Sampling:
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
     logprobs: bool = False
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         _check_whole("max_tokens", self.max_tokens, 1)
         _check_whole("top_k", self.top_k, 0, "0 keeps every token")
+        _check_whole("top_logprobs", self.top_logprobs, 0)
+        if self.top_logprobs and not self.logprobs:
+            raise ValueError(f"top_logprobs is {self.top_logprobs}, which needs logprobs=True")
         _check("temperature", self.temperature, 0.0 <= self.temperature < 1e4, "0 (greedy) to 1e4")
         _check("top_p", self.top_p, 0.0 < self.top_p <= 1.0, "above 0, at most 1 (1 = off)")
         _check("min_p", self.min_p, 0.0 <= self.min_p <= 1.0, "0 (off) to 1")
@@ -78,6 +86,7 @@ class Request:
     min_p: float = 0.0
     stop: tuple[str, ...] = ()
     logprobs: bool = False
+    top_logprobs: int = 0
     seed: int = 0
     index: int = 0
     forced: Sequence[int] = ()
@@ -94,6 +103,7 @@ class Request:
             min_p=self.min_p,
             stop=stop_strings(self.stop),
             logprobs=self.logprobs,
+            top_logprobs=self.top_logprobs,
         )
 
 

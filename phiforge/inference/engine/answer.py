@@ -17,6 +17,7 @@ from phiforge.inference.interface import (
     PromptTokenizer,
     Sampling,
     TokenMask,
+    TopLogprobs,
 )
 
 Order = tuple[int, int, int]  # (0 streams, 1 calls; number of the request; place within it)
@@ -44,6 +45,7 @@ class Answer:
     streamed: bool = False
     closed: FinishReason | None = None
     logprobs: list[float] = field(default_factory=list)
+    top_logprobs: list[TopLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None
     error: Exception | None = None
 
@@ -88,7 +90,9 @@ def to_completion(tokenizer: PromptTokenizer, answer: Answer) -> Completion:
         found = [place for stop in answer.sampling.stop if (place := text.find(stop)) >= 0]
         text = text[: min(found)] if found else text
     logprobs = tuple(answer.logprobs) if answer.sampling.logprobs else None
-    return Completion(text, ids, logprobs, answer.finish_reason or "cancelled")
+    top_logprobs = tuple(answer.top_logprobs) if answer.sampling.top_logprobs else None
+    reason = answer.finish_reason or "cancelled"
+    return Completion(text, ids, logprobs, reason, top_logprobs)
 
 
 def close_forced(

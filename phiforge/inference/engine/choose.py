@@ -16,7 +16,7 @@ from phiforge.inference.engine.answer import Answer
 from phiforge.inference.engine.constrain import check_mask
 from phiforge.inference.engine.rows import Rows
 from phiforge.inference.engine.runner import Runner
-from phiforge.inference.engine.sample import NonFiniteLogits, draw, token_logprobs
+from phiforge.inference.engine.sample import NonFiniteLogits, draw, token_logprobs, top_logprobs
 from phiforge.inference.interface import FinishReason, PromptTokenizer
 
 _LOGITS = 1 << 25  # logits of scored tokens held at a time (fp32: 128 MiB)
@@ -37,6 +37,7 @@ class Chooser:
 
     def __init__(self, runner: Runner, tokenizer: PromptTokenizer) -> None:
         self._runner, self._tokenizer = runner, tokenizer
+        self._draw = getattr(runner, "draw", draw)  # a runner may bring a faster one
         self._vocab_size = runner.config.vocab_size
         self._is_stop = np.zeros(self._vocab_size, bool)
         self._is_stop[[i for i in tokenizer.stop_ids if i < self._vocab_size]] = True
@@ -58,11 +59,13 @@ class Chooser:
         if state.has_mask[rows].any():
             masked_bv, failed = self._mask(state, rows, logits_bv)
         uniforms_b = state.next_uniforms(rows)
-        ids_b, finite_b = draw(masked_bv, state.laws.take(rows), uniforms_b)
+        ids_b, finite_b = self._draw(masked_bv, state.laws.take(rows), uniforms_b)
         logprobs = None
         if state.wants_logprobs[rows].any():
             logprobs = token_logprobs(logits_bv, ids_b).cpu().numpy()
         ids, finite = ids_b.cpu().numpy(), finite_b.cpu().numpy()
+        if state.num_top[rows].any():
+            self._tell_top(state, rows, state.count[rows], logits_bv)
         if not finite.all():
             for row in rows[~finite].tolist():
                 failed.setdefault(row, damaged(state.answers[row], int(state.count[row])))
@@ -90,6 +93,8 @@ class Chooser:
             logits_nv = self._logits(state, rows_n[part], positions, x)
             ids_n = torch.from_numpy(targets_n[part].astype(np.int64)).to(logits_nv.device)
             values[part] = token_logprobs(logits_nv, ids_n).cpu().numpy()
+            if state.num_top[rows_n[part]].any():
+                self._tell_top(state, rows_n[part], places_n[part], logits_nv)
         state.logprobs[rows_n, places_n] = values
         state.owes_logprobs[rows] = False
         failed: dict[int, Exception] = {}
@@ -99,6 +104,16 @@ class Chooser:
             if np.isnan(mine).any():
                 failed[row] = damaged(answer, int(places[np.isnan(mine)][0]))
         return failed
+
+    def _tell_top(
+        self, state: Rows, rows: np.ndarray, places: np.ndarray, logits_nv: Tensor
+    ) -> None:
+        """Notes the likeliest tokens at places of those `rows` that asked for them."""
+        index = np.flatnonzero(state.num_top[rows])
+        wanted_nv = logits_nv[torch.from_numpy(index).to(logits_nv.device)]
+        found = top_logprobs(wanted_nv, state.num_top[rows[index]].tolist())
+        for row, place, top in zip(rows[index], places[index], found, strict=True):
+            state.answers[row].top_logprobs[place:] = [top]  # a step done again tells it again
 
     def _owed(self, state: Rows, row: int) -> np.ndarray:
         return np.arange(len(state.answers[row].logprobs), state.count[row])

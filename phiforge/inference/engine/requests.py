@@ -81,6 +81,31 @@ class Bounds:
             closed=closed,
         )
 
+    def given(
+        self,
+        prompt: TokenIds,
+        completion: Sequence[int],
+        sampling: Sampling,
+        number: int,
+        order: Order,
+    ) -> Answer:
+        """A completion that is there already, to be scored; `number` names it in errors."""
+        tokens = tuple(int(token) for token in completion)
+        check_known(f"completion {number}", tokens, self.vocab_size)
+        name = f"prompt {number} with its completion"
+        check_token_ids(name, prompt + tokens, self.vocab_size, self.context, room=0)
+        self.check_fits(f"completion {number}", len(prompt), len(tokens))
+        return Answer(
+            prompt_ids=np.array(prompt, np.int32),
+            sampling=sampling,
+            key=_UNUSED_KEY,
+            limit=len(tokens),
+            name=f"completion {number}",
+            order=order,
+            tokens=list(tokens),
+            closed="length",
+        )
+
     def check_fits(self, name: str, num_prompt: int, num_answer: int) -> None:
         """ValueError for what could never be cached."""
         needed = num_prompt + num_answer - 1  # the last token is drawn, and never computed
@@ -140,23 +165,13 @@ class Call:
             samples.append(self._count(self._answers[key]))
         self._asked.append(samples)
 
-    def ask_score(self, prompt: TokenIds, completion: TokenIds, sampling: Sampling) -> None:
+    def ask_score(self, prompt: TokenIds, completion: Sequence[int], sampling: Sampling) -> None:
         """One more prompt whose completion is given."""
         number = len(self._asked)
-        if not completion:
+        answer = self._bounds.given(prompt, completion, sampling, number, (1, self._number, 0))
+        if not answer.tokens:
             self._asked.append([])
             return
-        self._bounds.check_fits(f"completion {number}", len(prompt), len(completion))
-        answer = Answer(
-            prompt_ids=np.array(prompt, np.int32),
-            sampling=sampling,
-            key=_UNUSED_KEY,
-            limit=len(completion),
-            name=f"completion {number}",
-            order=(1, self._number, 0),
-            tokens=list(completion),
-            closed="length",
-        )
         self._answers[number] = answer
         self._asked.append([self._count(answer)])
 

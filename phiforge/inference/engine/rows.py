@@ -10,6 +10,8 @@ is drawn once they are equal. `known` of them came with it.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from phiforge.inference.engine.answer import Answer
@@ -40,6 +42,7 @@ class Rows:
         self.laws = Laws.empty(num_rows)
         self.fills_node = np.zeros(num_rows, bool)
         self.wants_logprobs = np.zeros(num_rows, bool)
+        self.num_top = np.zeros(num_rows, np.int32)  # alternatives told beside each token
         self.owes_logprobs = np.zeros(num_rows, bool)
         self.is_closed = np.zeros(num_rows, bool)
         self.is_streamed = np.zeros(num_rows, bool)
@@ -80,6 +83,7 @@ class Rows:
         self.laws.set(row, answer.sampling)
         self.fills_node[row] = node is not None
         self.wants_logprobs[row] = answer.sampling.logprobs
+        self.num_top[row] = answer.sampling.top_logprobs
         self.owes_logprobs[row] = answer.owes_logprobs
         self.is_closed[row] = answer.closed is not None
         self.is_streamed[row] = answer.streamed
@@ -190,7 +194,8 @@ class Rows:
         movers = self.num_active + np.flatnonzero(stays[self.num_active :])
         for array in self._arrays():
             array[holes] = array[movers]
-        for values in (self.answers, self.ids, self.nodes, self.tails):
+        lists: tuple[list[Any], ...] = (self.answers, self.ids, self.nodes, self.tails)
+        for values in lists:
             for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
                 values[hole] = values[mover]
             del values[self.num_active :]
@@ -206,6 +211,7 @@ class Rows:
             *(self.length, self.computed, self.known, self.count, self.limit, self.last_token),
             *(self.num_blocks, self.tables, self.tokens, self.logprobs),
             *(laws.temperature, laws.top_p, laws.top_k, laws.min_p),
-            *(self.fills_node, self.wants_logprobs, self.owes_logprobs, self.is_closed),
+            *(self.fills_node, self.wants_logprobs, self.num_top, self.owes_logprobs),
+            self.is_closed,
             *(self.is_streamed, self.has_mask, self.has_stop, self._uniforms, self._keys),
         ]

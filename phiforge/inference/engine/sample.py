@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from phiforge.inference.interface import Sampling
+from phiforge.inference.interface import Sampling, TopLogprobs
 
 BLOCK_STEPS = 64  # uniforms are made for so many steps at a time
 _BLOCK_TOKENS = 64  # the distribution function is summed by blocks of so many tokens
@@ -188,6 +188,14 @@ def _first_above(cumulative: Tensor, target_b1: Tensor) -> Tensor:
     place_b1 = torch.searchsorted(cumulative, target_b1, right=True)
     last_b1 = torch.searchsorted(cumulative, cumulative[:, -1:].contiguous())
     return torch.minimum(place_b1, last_b1).clamp_(max=cumulative.shape[-1] - 1)
+
+
+def top_logprobs(logits_bv: Tensor, num_top: Sequence[int]) -> list[TopLogprobs]:
+    """For each row the likeliest tokens, so many of them, with log p at temperature 1."""
+    most = min(max(num_top), logits_bv.shape[-1])
+    values_bk, ids_bk = torch.log_softmax(logits_bv, dim=-1).topk(most, dim=-1)
+    rows = zip(num_top, ids_bk.tolist(), values_bk.tolist(), strict=True)
+    return [tuple(zip(ids[:k], values[:k], strict=True)) for k, ids, values in rows]
 
 
 def token_logprobs(logits_bv: Tensor, ids_b: Tensor) -> Tensor:

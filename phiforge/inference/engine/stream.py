@@ -12,7 +12,7 @@ from threading import RLock
 from typing import Protocol
 
 from phiforge.inference.engine.answer import Answer, to_completion
-from phiforge.inference.interface import Completion, PromptTokenizer
+from phiforge.inference.interface import Completion, PromptTokenizer, TopLogprobs
 
 
 @dataclass(frozen=True)
@@ -23,6 +23,7 @@ class Token:
     token_id: int
     text: str
     logprob: float | None
+    top_logprobs: TopLogprobs = ()
 
 
 class Driver(Protocol):
@@ -98,7 +99,8 @@ class Stream:
         else:
             text = self._text.add(answer.tokens[place])
         logprob = answer.logprobs[place] if answer.sampling.logprobs else None
-        return Token(answer.tokens[place], text, logprob)
+        top_logprobs = answer.top_logprobs[place] if answer.sampling.top_logprobs else ()
+        return Token(answer.tokens[place], text, logprob, top_logprobs)
 
 
 class _Text:
