@@ -194,7 +194,8 @@ def _assemble(
     if tied and format in ("fp32", "bf16"):
         lm_head = Matrix(format, config.vocab_size, config.hidden_size, embedding)
     else:
-        # Logits suffer most from 4 bits: an int8 head undoes two fifths of int4's harm.
+        # Logits suffer most from 4 bits: an int8 head undoes two fifths of int4's harm
+        # (docs/convert.md).
         head_format: Format = "int8" if format == "int4" else format
         lm_head = convert(["embedding.weight" if tied else "lm_head.weight"], head_format)
     return Weights(
