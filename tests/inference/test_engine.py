@@ -45,16 +45,15 @@ def test_cached_and_batched_equal_the_plain_loop(dtype, temperature, kernels):
 def test_rows_and_memory_never_change_results(dtype, kernels):
     prompts = [PATH[:i] for i in (3, 33, 64, 65)] + ["shared" * 8 + x for x in "ab"]
     model = make_model(dtype)
-    reference = tokens(
-        Engine(model, Letters(), kernels=kernels).generate(prompts, n=3, max_tokens=8)
-    )
+
+    def answers(prompts, **limits):
+        mine = Engine(model, Letters(), kernels=kernels, **limits)
+        return tokens(mine.generate(prompts, n=3, max_tokens=8))
+
+    reference = answers(prompts)
     for rows, bound in [(1, None), (5, None), (17, 2000), (256, 512), (256, 128)]:
-        other = Engine(model, Letters(), rows=rows, max_cache_tokens=bound, kernels=kernels)
-        assert tokens(other.generate(prompts, n=3, max_tokens=8)) == reference
-    backwards = Engine(model, Letters(), rows=6, kernels=kernels).generate(
-        prompts[::-1], n=3, max_tokens=8
-    )
-    assert tokens(backwards)[::-1] == reference
+        assert answers(prompts, rows=rows, max_cache_tokens=bound) == reference
+    assert answers(prompts[::-1], rows=6)[::-1] == reference
 
 
 @pytest.mark.parametrize("changes", [{"sliding_window": 24}, {"num_heads": 3, "num_kv_heads": 1}])

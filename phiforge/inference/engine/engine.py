@@ -32,8 +32,6 @@ from phiforge.inference.interface import (
     Sampling,
     TokenMask,
     check_count,
-    check_known,
-    check_token_ids,
     stop_strings,
 )
 from phiforge.model.config import PhiConfig
@@ -113,8 +111,11 @@ class Engine:
             check_count("max_cache_tokens", max_cache_tokens, 1)
         if weights is not None:
             check_format(weights)
-        self.tokenizer, self.rows, self.mode = tokenizer, rows, mode
-        self.max_cache_tokens, self.weights, self.kernels = max_cache_tokens, weights, kernels
+        self.tokenizer, self.rows = tokenizer, rows
+        self.mode: Mode = mode
+        self.kernels: Kernels = kernels
+        self.weights: Format | None = weights
+        self.max_cache_tokens = max_cache_tokens
         self.lock = threading.RLock()
         self._scheduler: Scheduler | None = None
         self._stamp: tuple[object, ...] | None = None
@@ -215,11 +216,7 @@ class Engine:
             bounds = self._bounds()
             ids = bounds.prompts(prompts, room=0)
             call = self._new_call(bounds)
-            for number, (prompt, given) in enumerate(zip(ids, completions, strict=True)):
-                completion = tuple(int(token) for token in given)
-                check_known(f"completion {number}", completion, bounds.vocab_size)
-                name = f"prompt {number} with its completion"
-                check_token_ids(name, prompt + completion, bounds.vocab_size, self.context, room=0)
+            for prompt, completion in zip(ids, completions, strict=True):
                 call.ask_score(prompt, completion, sampling)
         self._drive(call, None)
         return call.logprobs()
@@ -245,11 +242,30 @@ class Engine:
                 request.forced,
                 request.mask,
             )
-            answer.streamed = True
-            if answer.closed and not answer.owes_logprobs:
-                answer.finish(answer.closed)
-            else:
-                self._fresh().submit([answer])
+            return self._stream(answer)
+
+    def submit_score(
+        self, prompt: Prompt, completion: Sequence[int], top_logprobs: int = 0
+    ) -> Stream:
+        """`score` of one completion as a stream, so that it is computed beside the requests under
+        way: its `completion` has the log-probabilities, and those of the likeliest tokens.
+
+        Raises ValueError at once, as `score` does.
+        """
+        sampling = Sampling(max_tokens=self.context, logprobs=True, top_logprobs=top_logprobs)
+        with self.lock:
+            bounds = self._bounds()
+            (ids,) = bounds.prompts([prompt], room=0)
+            self._num_requests += 1
+            order = (0, self._num_requests, 0)
+            return self._stream(bounds.given(ids, completion, sampling, 0, order))
+
+    def _stream(self, answer: Answer) -> Stream:
+        answer.streamed = True
+        if answer.closed and not answer.owes_logprobs:
+            answer.finish(answer.closed)
+        else:
+            self._fresh().submit([answer])
         return Stream(self, self.tokenizer, answer)
 
     @torch.inference_mode()
@@ -307,18 +323,16 @@ class Engine:
                 "bits may depend on its batch",
                 stacklevel=4,
             )
-        num_blocks = self._num_blocks(runner, weights.dtype)
+        num_blocks = self._num_blocks(runner)
         if self._scheduler is None:
-            self._scheduler = Scheduler(
-                runner, weights.dtype, self.tokenizer, self.rows, num_blocks
-            )
+            self._scheduler = Scheduler(runner, self.tokenizer, self.rows, num_blocks)
         else:
-            self._scheduler.start(runner, weights.dtype, num_blocks)
+            self._scheduler.start(runner, num_blocks)
 
-    def _num_blocks(self, runner: Runner, dtype: torch.dtype) -> int:
+    def _num_blocks(self, runner: Runner) -> int:
         if self.max_cache_tokens is not None:
             return max(1, self.max_cache_tokens // BLOCK)
-        per_block = runner.block_bytes + BLOCK * self.config.hidden_size * dtype.itemsize
+        per_block = runner.block_bytes + BLOCK * self.config.hidden_size * runner.dtype.itemsize
         affordable = free_bytes(runner.device) // 2 // per_block
         useful = (self.rows + self.rows // 4 + 1) * -(-self.context // BLOCK)
         return max(1, min(affordable, useful))

@@ -30,6 +30,7 @@ from phiforge.inference.engine.runner import BLOCK, Pass
 from phiforge.inference.engine.weights import LayerWeights, Weights
 from phiforge.model.rope import inverse_frequencies, rope_table
 
+_ROPE_CHUNK = 1024  # positions
 _ROW_BLOCK = 16  # exact mode: rows of a matrix product come in whole blocks
 
 
@@ -61,7 +62,8 @@ class TorchRunner:
         self._lm_head = make_product(weights.lm_head, self.device, self.dtype)
         frequencies = inverse_frequencies(self.config, long=weights.long_rope)
         self._frequencies = frequencies.to(self.device)
-        self._rope = self._rope_table(1024)
+        # whole at once on CUDA: a captured graph keeps the table's address
+        self._rope = self._rope_table(1 if self.device.type == "cpu" else self.context)
         self._graphs = DecodeGraphs(self._decode) if self.device.type == "cuda" else None
 
     def allocate(self, num_blocks: int) -> None:
@@ -153,12 +155,14 @@ class TorchRunner:
         return (gate_fp32 / gate_fp32.neg().exp_().add_(1.0)).to(gate.dtype)
 
     def _rope_table(self, num_positions: int) -> tuple[Tensor, Tensor]:
-        # all at once on CUDA: a captured graph keeps the table's address
-        on_demand = self.device.type == "cpu"
-        num = min(num_positions, self.context) if on_demand else self.context
-        positions = torch.arange(num, device=self.device)[None]
-        cos, sin = rope_table(self._frequencies, positions, self.config.rope_attention_factor)
-        return cos[0], sin[0]
+        """cos and sin of all positions up to some multiple of 1024, made in equal chunks: torch's
+        cos of a vector's end may differ from its middle, and no position's may ever change."""
+        chunks = []
+        for first in range(0, num_positions, _ROPE_CHUNK):
+            positions = torch.arange(first, first + _ROPE_CHUNK, device=self.device)[None]
+            scale = self.config.rope_attention_factor
+            chunks.append(rope_table(self._frequencies, positions, scale))
+        return torch.cat([cos[0] for cos, _ in chunks]), torch.cat([sin[0] for _, sin in chunks])
 
     def _grow_rope(self, num_positions: int) -> None:
         known = self._rope[0].shape[0]

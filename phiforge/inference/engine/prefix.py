@@ -25,7 +25,7 @@ from phiforge.inference.engine.runner import BLOCK
 
 @dataclass(eq=False)
 class Node:
-    """Tokens `start` .. `end - 1` of some rows, and the blocks from the one that `start` lies in."""
+    """Tokens `start` .. `end - 1` of some rows; `blocks` from the one that `start` lies in."""
 
     token_ids: np.ndarray  # of this span
     start: int

@@ -10,8 +10,6 @@ is drawn once they are equal. `known` of them came with it.
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from phiforge.inference.engine.answer import Answer
@@ -194,10 +192,10 @@ class Rows:
         movers = self.num_active + np.flatnonzero(stays[self.num_active :])
         for array in self._arrays():
             array[holes] = array[movers]
-        lists: tuple[list[Any], ...] = (self.answers, self.ids, self.nodes, self.tails)
-        for values in lists:
-            for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
-                values[hole] = values[mover]
+        for hole, mover in zip(holes.tolist(), movers.tolist(), strict=True):
+            self.answers[hole], self.ids[hole] = self.answers[mover], self.ids[mover]
+            self.nodes[hole], self.tails[hole] = self.nodes[mover], self.tails[mover]
+        for values in (self.answers, self.ids, self.nodes, self.tails):
             del values[self.num_active :]
 
     def _make_room_for_tokens(self, count: int) -> None:

@@ -54,6 +54,7 @@ class Runner(Protocol):
     config: PhiConfig
     context: int  # the longest row in tokens
     device: torch.device
+    dtype: torch.dtype  # of `forward`'s output and the cache
     num_blocks: int  # of the cache; 0 before `allocate`
     block_bytes: int  # of one block, keys and values of all layers
     mode_is_exact: bool

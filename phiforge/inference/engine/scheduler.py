@@ -39,7 +39,6 @@ class Scheduler:
     def __init__(
         self,
         runner: Runner,
-        dtype: torch.dtype,
         tokenizer: PromptTokenizer,
         num_rows: int,
         num_blocks: int,
@@ -47,15 +46,15 @@ class Scheduler:
         self.num_prefilled_tokens = self.num_cached_tokens = self.num_generated_tokens = 0
         self._tokenizer, self._num_rows = tokenizer, num_rows
         self._queue: list[Answer] = []
-        self.start(runner, dtype, num_blocks)
+        self.start(runner, num_blocks)
 
-    def start(self, runner: Runner, dtype: torch.dtype, num_blocks: int) -> None:
+    def start(self, runner: Runner, num_blocks: int) -> None:
         """Begins anew on a runner with an empty cache. Raises MemoryError, with sizes."""
         self.runner = runner
         self._most_tokens = _PASS_TOKENS.get(runner.device.type, 512)
         runner.allocate(num_blocks + 1)
         shape = (runner.num_blocks, BLOCK, runner.config.hidden_size)
-        self._x = zeros(shape, dtype, runner.device, "the cache of last layers' outputs")
+        self._x = zeros(shape, runner.dtype, runner.device, "the cache of last layers' outputs")
         self._chooser = Chooser(runner, self._tokenizer)
         self._empty()
 
