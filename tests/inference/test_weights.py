@@ -203,7 +203,7 @@ print(peak() - before, size)
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_loading_takes_the_result_and_a_little(tmp_path):
-    """100 MB of fp32 become 17 MB of int4; nothing of the 100 MB stays or was there at once."""
+    """121 MB of fp32 become 19 MB of int4: the peak lies 17 MB above, one piece of rows."""
     wide = {"vocab_size": 1000, "hidden_size": 1024, "intermediate_size": 2048, "num_layers": 3}
     save(build(TINY), None, tmp_path / "small")
     save(build(TINY.replace(**wide)), None, tmp_path / "wide", dtype="float32")
@@ -212,7 +212,7 @@ def test_loading_takes_the_result_and_a_little(tmp_path):
     peak, size = (int(number) for number in done.stdout.split())
     stored = sum(file.stat().st_size for file in (tmp_path / "wide").glob("*.safetensors"))
     assert stored > 4 * size
-    assert peak < size + 45_000_000  # one piece of rows: 4M weights of fp32, twice
+    assert peak < size + 40_000_000
 
 
 # ---------------------------------------------------------------------- perplexity
