@@ -11,6 +11,13 @@
 
 namespace phi {
 
+#define PHI_LIST(...) __VA_ARGS__
+#if defined(__has_builtin)
+#if __has_builtin(__builtin_shufflevector)
+#define PHI_SHUFFLES 1
+#endif
+#endif
+
 constexpr int kBlock = 64;  // queries, and keys, of one block
 constexpr float kNever = -1e30f;  // score of what may not be seen; its exponential is 0
 
@@ -45,22 +52,63 @@ class Scratch {
 template <class T>
 inline void copy_rows(const T* from, int64_t stride, int rows, int size, T* to, int rows_padded,
                       int padded) {
-  for (int r = 0; r < rows_padded; r++) {
-    const int width = r < rows ? size : 0;
-    if (width) memcpy(to + r * padded, from + r * stride, width * sizeof(T));
-    memset((void*)(to + r * padded + width), 0, (padded - width) * sizeof(T));
+  for (int r = 0; r < rows; r++) {
+    const T* row = from + r * stride;
+    T* out = to + r * padded;
+    int c = 0;
+    for (; c + LANES <= size; c += LANES) std::memcpy(out + c, row + c, LANES * sizeof(T));
+    for (; c < padded; c++) out[c] = c < size ? row[c] : T{};
   }
+  std::memset((void*)(to + rows * padded), 0, size_t(rows_padded - rows) * padded * sizeof(T));
 }
 
-// to[units, rows] = the transpose of from[rows, units].
+// Turns 16 x 16 words; as four rounds of exchanges between rows, each twice as far apart.
+template <class U>
+inline void transpose_tile(const U* from, int64_t from_stride, U* to, int64_t to_stride) {
+  U rows[16][16];
+  for (int r = 0; r < 16; r++) std::memcpy(rows[r], from + r * from_stride, 64);
+#if PHI_SHUFFLES
+  typedef U Row __attribute__((vector_size(64)));
+  Row x[16], y[16];
+  std::memcpy(x, rows, sizeof x);
+#define PHI_EXCHANGE(from, to, step, low, high)                     \
+  for (int r = 0; r < 16; r++)                                      \
+    if (!(r & step)) {                                              \
+      to[r] = __builtin_shufflevector(from[r], from[r + step], low);    \
+      to[r + step] = __builtin_shufflevector(from[r], from[r + step], high); \
+    }
+  PHI_EXCHANGE(x, y, 1, PHI_LIST(0, 16, 2, 18, 4, 20, 6, 22, 8, 24, 10, 26, 12, 28, 14, 30),
+               PHI_LIST(1, 17, 3, 19, 5, 21, 7, 23, 9, 25, 11, 27, 13, 29, 15, 31))
+  PHI_EXCHANGE(y, x, 2, PHI_LIST(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29),
+               PHI_LIST(2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31))
+  PHI_EXCHANGE(x, y, 4, PHI_LIST(0, 1, 2, 3, 16, 17, 18, 19, 8, 9, 10, 11, 24, 25, 26, 27),
+               PHI_LIST(4, 5, 6, 7, 20, 21, 22, 23, 12, 13, 14, 15, 28, 29, 30, 31))
+  PHI_EXCHANGE(y, x, 8, PHI_LIST(0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23),
+               PHI_LIST(8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31))
+#undef PHI_EXCHANGE
+  for (int r = 0; r < 16; r++) std::memcpy(to + r * to_stride, &x[r], 64);
+#else
+  for (int u = 0; u < 16; u++)
+    for (int r = 0; r < 16; r++) to[u * to_stride + r] = rows[r][u];
+#endif
+}
+
+// to[units, rows] = the transpose of from[rows, units], 4 bytes each.
 template <class U>
 inline void transpose(const U* from, int64_t from_stride, int rows, int units, U* to,
                       int64_t to_stride) {
-  for (int u0 = 0; u0 < units; u0 += 16)
-    for (int r0 = 0; r0 < rows; r0 += 16)
-      for (int u = u0; u < std::min(u0 + 16, units); u++)
-        for (int r = r0; r < std::min(r0 + 16, rows); r++)
-          to[u * to_stride + r] = from[r * from_stride + u];
+  for (int r = 0; r < rows; r += 16)
+    for (int u = 0; u < units; u += 16) {
+      const U* tile = from + r * from_stride + u;
+      U* out = to + u * to_stride + r;
+      if (r + 16 <= rows && u + 16 <= units) {
+        transpose_tile(tile, from_stride, out, to_stride);
+        continue;
+      }
+      for (int a = 0; a < std::min(16, rows - r); a++)
+        for (int b = 0; b < std::min(16, units - u); b++)
+          out[b * to_stride + a] = tile[a * from_stride + b];
+    }
 }
 
 // Rows r and r + 1 of from[rows, columns] side by side: to[rows / 2, columns] units.
@@ -147,10 +195,11 @@ void attend(const AttentionShape& s, const T* qkv, int64_t length, int64_t kv_he
           }
           for (int c = edge; c < width; c += LANES) write(p + c, Floats{});
           if (maximum != maxima[r]) {
-            const float shrink = expf(maxima[r] - maximum);
+            const float shrink = totals[r] > 0 ? expf(maxima[r] - maximum) : 1.0f;
             totals[r] *= shrink;
-            for (int c = 0; c < padded; c += LANES)
-              write(sums + r * padded + c, read(sums + r * padded + c) * shrink);
+            if (shrink != 1.0f)
+              for (int c = 0; c < padded; c += LANES)
+                write(sums + r * padded + c, read(sums + r * padded + c) * shrink);
             maxima[r] = maximum;
           }
           totals[r] += sum_lanes(total);
@@ -174,7 +223,7 @@ void attend(const AttentionShape& s, const T* qkv, int64_t length, int64_t kv_he
 
 inline size_t backward_scratch(const AttentionShape& s, int64_t longest) {
   const size_t length = (longest + kBlock - 1) / kBlock * kBlock;
-  return 4 * (5 * length * s.padded + kBlock * (7 * s.padded + 5 * kBlock + 2)) + 64 * 24;
+  return 4 * (5 * length * s.padded + kBlock * (7 * s.padded + 6 * kBlock + 2)) + 64 * 24;
 }
 
 template <class T>
@@ -188,7 +237,7 @@ void attend_backward(const AttentionShape& s, const T* qkv, const T* out, const 
   const int64_t out_row = s.num_heads * e;
   scratch.rewind();
   T* keys = scratch.take<T>(int64_t(rounded) * padded);
-  T* keys_c = scratch.take<T>(int64_t(rounded) * padded);  // transposed
+  U* keys_p = scratch.take<U>(int64_t(rounded) / kValues * padded);
   T* values = scratch.take<T>(int64_t(rounded) * padded);
   float* d_keys = scratch.take<float>(int64_t(rounded) * padded);
   float* d_values = scratch.take<float>(int64_t(rounded) * padded);
@@ -202,12 +251,13 @@ void attend_backward(const AttentionShape& s, const T* qkv, const T* out, const 
   T* p_t = scratch.take<T>(kBlock * kBlock);
   T* ds_t = scratch.take<T>(kBlock * kBlock);
   U* ds_p = scratch.take<U>(kBlock / kValues * kBlock);
-  float* d_queries = scratch.take<float>(kBlock * padded);  // transposed
+  U* ds = scratch.take<U>(kBlock * kBlock / kValues);
+  float* d_queries = scratch.take<float>(kBlock * padded);
   float* sums = scratch.take<float>(kBlock);
   float* means = scratch.take<float>(kBlock);
   copy_rows(qkv + key_at, s.row(), int(length), e, keys, rounded, padded);
   copy_rows(qkv + value_at, s.row(), int(length), e, values, rounded, padded);
-  transpose(keys, padded, rounded, padded, keys_c, rounded);
+  interleave(keys, rounded, padded, keys_p);
   std::fill(d_keys, d_keys + int64_t(rounded) * padded, 0.0f);
   std::fill(d_values, d_values + int64_t(rounded) * padded, 0.0f);
 
@@ -245,8 +295,8 @@ void attend_backward(const AttentionShape& s, const T* qkv, const T* out, const 
                       d_out_t + first, kBlock, d_scores + m * kBlock + first, kBlock, false);
           for (int r = m; r < m + 8; r++) {
             const Floats from = splat(float(j + r - i)), to = splat(float(j + r - i + s.window));
-            T *p = p_t + r * even, *ds = ds_t + r * even;
-            for (int c = 0; c < first; c += LANES) write(ds + c, Floats{});
+            T *p = p_t + r * even, *d_row = ds_t + r * even;
+            for (int c = 0; c < first; c += LANES) write(d_row + c, Floats{});
             for (int c = first; c < even; c += LANES) {
               const Floats at = lane_numbers() + float(c), score = read(scores + r * kBlock + c);
               Floats value = exp(score * s.scale - read(sums + c));
@@ -254,7 +304,7 @@ void attend_backward(const AttentionShape& s, const T* qkv, const T* out, const 
               value = at < to ? value : Floats{};
               const Floats d_score = read(d_scores + r * kBlock + c) - read(means + c);
               write(p + c, value);
-              write(ds + c, value * d_score * s.scale);
+              write(d_row + c, value * d_score * s.scale);
             }
           }
           const int skip = first / kValues;
@@ -265,13 +315,17 @@ void attend_backward(const AttentionShape& s, const T* qkv, const T* out, const 
                       queries_p + skip * padded, padded, d_keys + int64_t(j + m) * padded, padded,
                       true);
         }
+        const int key_pairs = height / kValues;
         interleave(ds_t, height, even, ds_p);
-        multiply<T>(padded, even, height / kValues, (const U*)(keys_c + j), rounded / kValues, ds_p,
-                    even, d_queries, kBlock, true);
+        transpose(ds_p, even, key_pairs, even, ds, key_pairs);
+        multiply<T>(even, padded, key_pairs, ds, key_pairs, keys_p + int64_t(j) / kValues * padded,
+                    padded, d_queries, padded, true);
       }
       for (int r = 0; r < count; r++) {
         T* to = d_qkv + (i + r) * s.row() + head * e;
-        for (int c = 0; c < e; c++) write_one(to + c, d_queries[c * kBlock + r]);
+        lanes(e, [&](int64_t c, auto width) {
+          give(to + c, read(d_queries + r * padded + c), width);
+        });
       }
     }
   for (int64_t r = 0; r < length; r++) {
