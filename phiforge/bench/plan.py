@@ -20,9 +20,9 @@ OURS = "phiforge"
 class Entrant:
     """One contestant of a group: a row of the table.
 
-    `program` is "phiforge" or a peer's name, `settings` go with its "prepare" request, `dtype` is
-    what its matrices multiply in (whose measured rate limits it), `format` what the weights are kept
-    in, which a decode step reads. `works` are the names of the works it takes part in, None for all.
+    `program` is "phiforge" or a peer's name, `settings` go with its "prepare" request. Matrices
+    multiply in `dtype`, whose measured rate limits it; weights are kept in `format`, which is what
+    a decode step reads. `works` names the works it takes part in, None for all.
     """
 
     label: str

@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import datetime
 import os
+import signal
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -141,8 +143,25 @@ def _folder() -> Iterator[Path]:
     """A folder for models and logs that is gone afterwards."""
     parent = cache_folder()
     parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="run-", dir=parent) as folder:
+    with tempfile.TemporaryDirectory(prefix="run-", dir=parent) as folder, _stoppable():
         yield Path(folder)
+
+
+@contextmanager
+def _stoppable() -> Iterator[None]:
+    """Take a request to terminate as Ctrl-C, so that processes are ended and files removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 class _Starter:

@@ -6,9 +6,12 @@ to the standard output it was started with; whatever libraries print goes to sta
 Standard library alone: this file also runs inside peers' environments, on their Python.
 """
 
+import contextlib
+import ctypes
 import gc
 import json
 import os
+import signal
 import sys
 import time
 import traceback
@@ -46,6 +49,7 @@ class Channel:
     """Requests come in as an iterator; each is answered once."""
 
     def __init__(self) -> None:
+        die_with_parent()
         self._out = os.fdopen(os.dup(1), "w", encoding="utf-8")
         os.dup2(2, 1)  # what anybody prints from now on is no answer
 
@@ -70,6 +74,14 @@ class Channel:
         sys.exit(1)
 
 
+def die_with_parent() -> None:
+    """Let the system end this process when the benchmark is killed in the middle of a run (Linux;
+    elsewhere it ends when the run is over and the pipe is found closed)."""
+    set_parent_death_signal = 1
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(set_parent_death_signal, signal.SIGKILL)
+
+
 def measured(run: Callable[[], Reply]) -> Reply:
     """A run's reply with this process's processor seconds and peak memory during it."""
     reset_peak()
@@ -82,22 +94,17 @@ def measured(run: Callable[[], Reply]) -> Reply:
 
 def reset_peak() -> None:
     """Let the peak of resident memory count from now, where the system allows it (Linux)."""
-    try:
-        with open("/proc/self/clear_refs", "w") as file:
-            file.write("5")
-    except OSError:
-        pass  # the peak then counts from the start of the process, loading included
+    # Where it is refused the peak counts from the start of the process, loading included.
+    with contextlib.suppress(OSError), open("/proc/self/clear_refs", "w") as file:
+        file.write("5")
 
 
 def peak_bytes() -> int:
     """Peak resident memory of this process in bytes, since `reset_peak` where that worked."""
-    try:
-        with open("/proc/self/status") as file:
-            for line in file:
-                if line.startswith("VmHWM:"):
-                    return int(line.split()[1]) * 1024
-    except OSError:
-        pass
+    with contextlib.suppress(OSError), open("/proc/self/status") as file:
+        for line in file:
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
