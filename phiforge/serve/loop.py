@@ -4,8 +4,8 @@
 come as the engine makes them; cancelling it frees its rows at the engine's next step.
 Nothing is written.
 
-All engine calls happen on the engine's thread, in turn: commands that came in, one prompt to
-score, one step for all samples. Only events cross over, one wake-up of asyncio a step.
+All engine calls happen on the engine's thread, in turn: commands that came in, then one step for
+all samples. Only events cross over, one wake-up of asyncio a step.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import threading
-from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 from queue import SimpleQueue
 from typing import Protocol
 
@@ -30,7 +30,6 @@ from phiforge.serve.ticket import (
     Started,
     Stopping,
     Ticket,
-    TopLogprobs,
     ToScore,
 )
 
@@ -42,24 +41,19 @@ class ServedEngine(Protocol):
 
     def submit(self, request: Request) -> ServedStream: ...
     def step(self) -> bool: ...
-    def score_top(
-        self, token_ids: Sequence[int], num_top: int
-    ) -> tuple[list[float], list[TopLogprobs]]: ...
+    def submit_score(
+        self, prompt: Sequence[int], completion: Sequence[int], top_logprobs: int
+    ) -> ServedStream: ...
 
 
 @dataclass
 class _Sample:
+    """A stream of the engine: choice `index` of a call, or the scores of its prompt `index`."""
+
     ticket: Ticket
-    choice: int
+    index: int
     stream: ServedStream
-
-
-@dataclass
-class _Work:
-    """What the engine's thread has before it."""
-
-    samples: list[_Sample] = field(default_factory=list)
-    scores: deque[tuple[Ticket, int]] = field(default_factory=deque)
+    is_score: bool
 
 
 class EngineLoop:
@@ -71,7 +65,9 @@ class EngineLoop:
         self.draining = False
         self._open: set[Ticket] = set()
         self._inbox: SimpleQueue[tuple[Callable[[Ticket], None], Ticket] | None] = SimpleQueue()
-        self._work = _Work()
+        # The engine's thread's own, as _events is:
+        self._samples: list[_Sample] = []
+        self._scored: list[Ticket] = []
         self._thread = threading.Thread(target=self._run, name="phiforge-engine", daemon=True)
         self._events: list[tuple[Ticket, Event | Exception | None]] = []
 
@@ -132,7 +128,6 @@ class EngineLoop:
     def _run(self) -> None:
         try:
             while self._take_commands():
-                self._score_one()
                 self._step()
                 self._flush()
         except BaseException as error:
@@ -142,7 +137,7 @@ class EngineLoop:
     def _take_commands(self) -> bool:
         """Obeys what came in; waits for something when there is no work. False: the end."""
         while True:
-            idle = not self._work.samples and not self._work.scores and not self._events
+            idle = not self._samples and not self._events
             if not idle and self._inbox.empty():
                 return True
             command = self._inbox.get()
@@ -154,90 +149,86 @@ class EngineLoop:
     def _admit(self, ticket: Ticket) -> None:
         """Scores come first, so that a stream can tell its prompts' before its answers'."""
         if ticket.to_score:
-            self._work.scores.extend((ticket, index) for index in range(len(ticket.to_score)))
+            asked = [
+                partial(self._engine.submit_score, it.token_ids[:1], it.token_ids[1:], it.num_top)
+                for it in ticket.to_score
+            ]
+            self._submit(ticket, asked, is_score=True)
         else:
-            self._submit(ticket)
+            self._begin(ticket)
 
-    def _submit(self, ticket: Ticket) -> None:
-        streams: list[ServedStream] = []
+    def _begin(self, ticket: Ticket) -> None:
+        asked = [partial(self._engine.submit, request) for request in ticket.requests]
+        if self._submit(ticket, asked, is_score=False):
+            self._events.append((ticket, Started()))
+
+    def _submit(
+        self, ticket: Ticket, asked: Sequence[Callable[[], ServedStream]], is_score: bool
+    ) -> bool:
+        """Whether the engine took them all; if not, the call has failed."""
         try:
-            for request in ticket.requests:
-                streams.append(self._engine.submit(request))
+            for index, submit in enumerate(asked):
+                self._samples.append(_Sample(ticket, index, submit(), is_score))
         except Exception as error:
-            for stream in streams:
-                stream.cancel()
-            self._events.append((ticket, _told(error)))
-            return
-        self._work.samples += [_Sample(ticket, i, stream) for i, stream in enumerate(streams)]
-        self._events.append((ticket, Started()))
+            self._fail(ticket, error)
+            return False
+        return True
 
     def _drop(self, ticket: Ticket) -> None:
         self._forget(ticket)
-        if not self._work.samples:
-            with contextlib.suppress(Exception):  # nothing is left that could fail
-                self._engine.step()  # the cancelled rows' memory comes back at a step
         self._events.append((ticket, None))
 
     def _forget(self, ticket: Ticket) -> None:
-        """Cancels what is left of a call."""
-        for sample in self._work.samples:
+        """Cancels what is left of a call; its rows are free with that."""
+        for sample in self._samples:
             if sample.ticket is ticket:
                 sample.stream.cancel()
-        self._work.samples = [s for s in self._work.samples if s.ticket is not ticket]
-        self._work.scores = deque(s for s in self._work.scores if s[0] is not ticket)
+        self._samples = [sample for sample in self._samples if sample.ticket is not ticket]
 
     def _fail(self, ticket: Ticket, error: BaseException) -> None:
         self._forget(ticket)
         self._events.append((ticket, _told(error)))
 
-    def _score_one(self) -> None:
-        """Scores one prompt, so that steps of others come between a call's prompts."""
-        if not self._work.scores:
-            return
-        ticket, index = self._work.scores.popleft()
-        wanted = ticket.to_score[index]
-        try:
-            logprobs, top_logprobs = self._engine.score_top(wanted.token_ids, wanted.num_top)
-        except Exception as error:
-            self._fail(ticket, error)
-            return
-        self._events.append((ticket, Scores(index, logprobs, top_logprobs)))
-        if index == len(ticket.to_score) - 1:
-            self._submit(ticket)
-
     def _step(self) -> None:
-        if not self._work.samples:
+        if not self._samples:
             return
         try:
             busy = self._engine.step()
         except Exception as error:  # not one request's fault: the engine tells those apart itself
-            for ticket in {sample.ticket for sample in self._work.samples}:
-                self._fail(ticket, error)
+            self._fail_all(error)
             return
         self._collect()
-        if not busy and self._work.samples:
-            stuck = RuntimeError("the engine has no work, but a sample has not ended")
-            for ticket in {sample.ticket for sample in self._work.samples}:
-                self._fail(ticket, stuck)
+        if not busy and self._samples:
+            self._fail_all(RuntimeError("the engine has no work, but a sample has not ended"))
+        for ticket in self._scored:
+            self._begin(ticket)
+        self._scored.clear()
+
+    def _fail_all(self, error: Exception) -> None:
+        for ticket in {sample.ticket for sample in self._samples}:
+            self._fail(ticket, error)
 
     def _collect(self) -> None:
-        """Turns what the step made into events."""
-        left, failed = [], {}
-        for sample in self._work.samples:
-            stream = sample.stream
-            done, error = stream.done, stream.error
-            if error is not None:
-                failed[sample.ticket] = error
+        """Turns what the step made into events, and notes the calls whose scores are all there."""
+        samples, self._samples = self._samples, []
+        failed: dict[Ticket, BaseException] = {}
+        scored: set[Ticket] = set()
+        for sample in samples:
+            stream, ticket = sample.stream, sample.ticket
+            if stream.error is not None:
+                failed.setdefault(ticket, stream.error)
                 continue
-            tokens = tuple(stream.take())
-            if tokens or done:
-                completion = stream.completion if done else None
-                self._events.append((sample.ticket, Piece(sample.choice, tokens, completion)))
-            if not done:
-                left.append(sample)
-        self._work.samples = left
+            event = _score_event(sample) if sample.is_score else _piece_event(sample)
+            if event is not None:
+                self._events.append((ticket, event))
+            if not stream.done:
+                self._samples.append(sample)
+            elif sample.is_score:
+                scored.add(ticket)
         for ticket, error in failed.items():
             self._fail(ticket, error)
+        unscored = {sample.ticket for sample in self._samples if sample.is_score}
+        self._scored += [t for t in scored if t not in unscored and t not in failed]
 
     def _flush(self) -> None:
         """Hands the events over; an event loop that has closed needs none."""
@@ -245,6 +236,21 @@ class EngineLoop:
         if events:
             with contextlib.suppress(RuntimeError):
                 self._asyncio.call_soon_threadsafe(self._deliver, events)
+
+
+def _piece_event(sample: _Sample) -> Piece | None:
+    tokens, done = tuple(sample.stream.take()), sample.stream.done
+    if not tokens and not done:
+        return None
+    return Piece(sample.index, tokens, sample.stream.completion if done else None)
+
+
+def _score_event(sample: _Sample) -> Scores | None:
+    if not sample.stream.done:
+        return None
+    completion = sample.stream.completion
+    logprobs = completion.logprobs or ()
+    return Scores(sample.index, logprobs, completion.top_logprobs or ((),) * len(logprobs))
 
 
 def _told(error: BaseException) -> Exception:

@@ -18,11 +18,12 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, cast, get_args
 
 import uvicorn
 
 from phiforge.core.usage import UsageError
+from phiforge.model.quantize import Format
 from phiforge.serve.app import DEFAULT_MAX_QUEUE, create_app
 from phiforge.serve.terminal import find_model
 from phiforge.serve.ticket import Stopping
@@ -66,7 +67,6 @@ def serve(
     import torch
 
     from phiforge.inference.engine import Engine
-    from phiforge.model.quantize import Format
 
     if weights is not None and weights not in get_args(Format):
         raise UsageError(f"--weights is {weights!r}; allowed: {', '.join(get_args(Format))}")
@@ -76,7 +76,7 @@ def serve(
     with contextlib.closing(listener):
         if threads is not None:
             torch.set_num_threads(threads)
-        engine = Engine.from_folder(folder, weights=weights, rows=rows)
+        engine = Engine.from_folder(folder, weights=cast(Format | None, weights), rows=rows)
         name = model_name(folder)
         address = f"http://{_shown(host)}:{listener.getsockname()[1]}"
         if not keys and not _is_loopback(host):

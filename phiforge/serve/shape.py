@@ -12,9 +12,10 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from phiforge.inference.interface import TopLogprobs
 from phiforge.model.tokenizer import Tokenizer
 from phiforge.serve.call import Call, PromptPart
-from phiforge.serve.ticket import ServedToken, TopLogprobs
+from phiforge.serve.ticket import ServedToken
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's stand-in
 

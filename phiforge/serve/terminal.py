@@ -145,7 +145,7 @@ class Conversation:
 
     def _make_room(self) -> None:
         """Drops the oldest question and answer, and says so, until an answer has room."""
-        context = self._engine.model.config.max_position_embeddings
+        context = self._engine.context
         room = min(LEAST_ROOM_TOKENS, self._max_tokens, context // 2)
         oldest = len(self._start)
         while len(self.messages) > oldest + 2:

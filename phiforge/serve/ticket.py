@@ -11,9 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from phiforge.inference.interface import Completion, Request
-
-TopLogprobs = tuple[tuple[int, float], ...]  # (token id, log-probability), the likeliest first
+from phiforge.inference.interface import Completion, Request, TopLogprobs
 
 
 class ServedToken(Protocol):
@@ -74,8 +72,8 @@ class Scores:
     """Log-probabilities of a prompt's tokens but the first, and the alternatives at each."""
 
     prompt: int
-    logprobs: list[float]
-    top_logprobs: list[TopLogprobs]
+    logprobs: tuple[float, ...]
+    top_logprobs: tuple[TopLogprobs, ...]
 
 
 @dataclass(frozen=True)

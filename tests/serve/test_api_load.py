@@ -31,6 +31,17 @@ def model(tokenizer):
     return make_model(tokenizer)
 
 
+@pytest.fixture(scope="module")
+def long(model, tokenizer):
+    """A prompt whose first six samples under seed 0 are long."""
+    engine = Engine(model, tokenizer)
+    for token in range(5, 60):
+        found = engine.generate([[token, 6, 7]], n=6, max_tokens=100)[0]
+        if all(len(completion.token_ids) > 60 for completion in found):
+            return [token, 6, 7]
+    raise AssertionError("no prompt has long answers alone")
+
+
 @pytest.fixture
 def slow(model, tokenizer):
     return SlowEngine(model, tokenizer, rows=4)
@@ -90,30 +101,18 @@ def test_concurrent_calls_take_the_steps_of_one(slow):
     assert longest <= slow.num_steps < max(total, longest + 15)
 
 
-def never_ending(engine, n=1):
-    """A prompt whose first samples under seed 0 are long."""
-    for token in range(5, 60):
-        found = engine.generate([[token, 6, 7]], n=n, max_tokens=100)[0]
-        if all(len(completion.token_ids) > 60 for completion in found):
-            return [token, 6, 7]
-    raise AssertionError("no prompt has a long answer")
-
-
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_rows(slow, stream):
-    prompt = never_ending(slow, n=2)
+def test_a_client_that_leaves_frees_its_rows(slow, long, stream):
     with running(slow) as served:
         before = slow.num_generated_tokens
         if stream:
-            events = frames(served.url, body(prompt=prompt, n=2, stream=True))
+            events = frames(served.url, body(prompt=long, n=2, stream=True))
             for _ in range(4):
                 next(events)
             events.close()
         else:
             with pytest.raises(httpx.ReadTimeout):
-                httpx.post(
-                    f"{served.url}/v1/completions", json=body(prompt=prompt, n=2), timeout=0.2
-                )
+                httpx.post(f"{served.url}/v1/completions", json=body(prompt=long, n=2), timeout=0.2)
         served.wait_idle()
         drawn = slow.num_generated_tokens - before
         assert drawn < 2 * 50, "two of 100 tokens were asked for"
@@ -121,21 +120,19 @@ def test_a_client_that_leaves_frees_its_rows(slow, stream):
         assert slow.num_generated_tokens - before == drawn, "nothing goes on"
 
 
-def test_the_openai_package_may_close_a_stream_early(slow):
-    prompt = never_ending(slow)
+def test_the_openai_package_may_close_a_stream_early(slow, long):
     with running(slow) as served:
         before = slow.num_generated_tokens
-        with served.client.completions.create(**body(prompt=prompt), stream=True) as stream:
+        with served.client.completions.create(**body(prompt=long), stream=True) as stream:
             for _ in range(3):
                 next(stream)
         served.wait_idle()
         assert slow.num_generated_tokens - before < 50
 
 
-def test_a_full_queue_says_when_to_come_back(slow):
-    prompt = never_ending(slow)
+def test_a_full_queue_says_when_to_come_back(slow, long):
     with running(slow, max_queue=2) as served:
-        events = frames(served.url, body(prompt=prompt, n=6, stream=True))
+        events = frames(served.url, body(prompt=long, n=6, stream=True))
         next(events)  # four rows draw, two samples wait
         answer = served.post("/v1/completions", body())
         assert answer.status_code == 429
@@ -155,8 +152,8 @@ def test_a_damaged_answer_fails_alone(tokenizer):
     model = make_model(tokenizer)
     with torch.no_grad():
         model.embedding.weight[POISON] = float("nan")
+    expected = Engine(model, tokenizer).generate([[5, 6, 7]], max_tokens=40)[0][0].text
     engine = SlowEngine(model, tokenizer, rows=4)
-    expected = engine.generate([[5, 6, 7]], max_tokens=40)[0][0].text
     with running(engine) as served, ThreadPoolExecutor(2) as pool:
         healthy = pool.submit(served.post, "/v1/completions", body(max_tokens=40))
         time.sleep(0.1)
@@ -197,11 +194,10 @@ def test_an_engine_whose_step_breaks_fails_the_running_calls_and_goes_on(slow):
         assert served.api.loop.num_open == 0
 
 
-def test_the_end_lets_running_answers_finish_and_takes_no_more(slow):
-    prompt = never_ending(slow)
+def test_the_end_lets_running_answers_finish_and_takes_no_more(slow, long):
     with running(slow, drain_seconds=30) as served, httpx.Client() as kept:
         assert kept.get(f"{served.url}/ready").status_code == 200
-        events = frames(served.url, body(prompt=prompt, max_tokens=30, stream=True))
+        events = frames(served.url, body(prompt=long, max_tokens=30, stream=True))
         next(events)
         served.stop()
         *_, last = events
@@ -210,10 +206,9 @@ def test_the_end_lets_running_answers_finish_and_takes_no_more(slow):
         httpx.get(f"{served.url}/health")
 
 
-def test_after_the_deadline_the_last_frame_is_an_error(slow):
-    prompt = never_ending(slow)
+def test_after_the_deadline_the_last_frame_is_an_error(slow, long):
     with running(slow, drain_seconds=0.1) as served:
-        events = frames(served.url, body(prompt=prompt, stream=True))
+        events = frames(served.url, body(prompt=long, stream=True))
         next(events)
         served.stop()
         *_, last = events
@@ -232,7 +227,7 @@ def run_folder(tmp_path_factory, model, tokenizer):
     return folder
 
 
-def test_the_command_serves_a_run_until_it_is_told_to_stop(run_folder, model, tokenizer):
+def test_the_command_serves_a_run_until_it_is_told_to_stop(run_folder):
     command = [sys.executable, "-m", "phiforge", "serve", str(run_folder), "--port", "0", "--json"]
     command += ["--threads", "1", "--drain-seconds", "0.2", "--api-key-env", "TEST_KEYS"]
     environment = os.environ | {"TEST_KEYS": "k1 k2", "OMP_NUM_THREADS": "1"}
@@ -248,7 +243,8 @@ def test_the_command_serves_a_run_until_it_is_told_to_stop(run_folder, model, to
         assert told["runner"]
         client = openai.OpenAI(base_url=told["url"] + "/v1", api_key="k2", max_retries=0)
         answer = client.completions.create(model=told["model"], prompt=[5, 6], seed=1, max_tokens=9)
-        expected = Engine(model, tokenizer).generate([[5, 6]], seed=1, max_tokens=9)[0][0]
+        engine = Engine.from_folder(run_folder / "sft" / "model")
+        expected = engine.generate([[5, 6]], seed=1, max_tokens=9)[0][0]
         assert answer.choices[0].text == expected.text
         with client.completions.create(
             model=told["model"], prompt=[5, 6], n=64, max_tokens=100, stream=True
