@@ -66,6 +66,7 @@ def serve(
     """
     import torch
 
+    from phiforge.core.distributed import resolve_device
     from phiforge.inference.engine import Engine
 
     if weights is not None and weights not in get_args(Format):
@@ -76,7 +77,12 @@ def serve(
     with contextlib.closing(listener):
         if threads is not None:
             torch.set_num_threads(threads)
-        engine = Engine.from_folder(folder, weights=cast(Format | None, weights), rows=rows)
+        engine = Engine.from_folder(
+            folder,
+            rows=rows,
+            weights=cast(Format | None, weights),
+            device=resolve_device("auto"),
+        )
         name = model_name(folder)
         address = f"http://{_shown(host)}:{listener.getsockname()[1]}"
         if not keys and not _is_loopback(host):

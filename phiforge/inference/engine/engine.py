@@ -78,19 +78,23 @@ class Engine:
         max_cache_tokens: int | None = None,
         weights: Format | None = None,
         kernels: Kernels = "auto",
+        device: str | torch.device = "cpu",
     ) -> Engine:
-        """An engine on a Hugging Face folder, whose matrices are read and packed one by one.
+        """An engine on a Hugging Face folder or Hub name, whose matrices are read and packed one
+        by one, on `device`.
 
         `weights` None keeps the file's format. Raises what reading the folder raises.
         """
         from phiforge.inference.engine.weights import from_folder
+        from phiforge.model.huggingface import resolve_folder
         from phiforge.model.tokenizer import Tokenizer
 
         engine = cls.__new__(cls)
+        folder = resolve_folder(folder)
         tokenizer = Tokenizer.load(folder)
         engine._set_up(tokenizer, rows, mode, max_cache_tokens, weights, kernels)
         engine.model = None
-        loaded = from_folder(folder, weights)
+        loaded = from_folder(folder, weights, device)
         engine.config = loaded.config
         engine._take_weights(loaded)
         return engine
