@@ -276,6 +276,84 @@ def convert(
         print(f"note: {note}", file=sys.stderr)
 
 
+@app.command(epilog="Example: `phiforge ask questions.jsonl --model phi-4 --out answers.jsonl`")
+def ask(
+    file: Annotated[Path, typer.Argument(help="JSONL: each row a prompt or messages, and an id.")],
+    model: Annotated[str, typer.Option(help="What the server calls the model.")],
+    out: Annotated[Path, typer.Option(help="JSONL to write: one row per sample.")],
+    base_url: Annotated[
+        str, typer.Option(help="An OpenAI-compatible API.")
+    ] = "http://127.0.0.1:8000/v1",
+    api_key_env: Annotated[
+        str | None, typer.Option(metavar="NAME", help="Environment variable with the key.")
+    ] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="Replay cache; OUT.cache if not given.")
+    ] = None,
+    n: Annotated[int, typer.Option(min=1, help="Samples per prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of sampling.")] = 0,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 1.0,
+    max_tokens_per_answer: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 1024,
+    json_schema: Annotated[Path | None, typer.Option(help="Schema that answers must fit.")] = None,
+    chat: Annotated[
+        bool | None, typer.Option("--chat/--complete", help="Which API; by the prompts' form.")
+    ] = None,
+    concurrency: Annotated[int, typer.Option(min=1, help="Most calls in flight.")] = 64,
+    max_usd: Annotated[float | None, typer.Option(min=0.0, help="Most money to spend.")] = None,
+    max_tokens: Annotated[int | None, typer.Option(min=0, help="Most tokens to spend.")] = None,
+    max_calls: Annotated[int | None, typer.Option(min=0, help="Most calls to pay.")] = None,
+    price: Annotated[
+        tuple[float, float] | None,
+        typer.Option(metavar="PROMPT ANSWER", help="USD per million tokens."),
+    ] = None,
+    dry_run: Annotated[bool, typer.Option(help="Count and price the calls; send nothing.")] = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Answer a file of prompts through an endpoint; run again, it pays only for what is missing."""
+    from phiforge.inference.endpoint import EndpointConfig, Estimate
+    from phiforge.inference.endpoint.ask import ask as ask_endpoint
+    from phiforge.inference.endpoint.ask import read_schema
+    from phiforge.inference.interface import Sampling
+
+    config = EndpointConfig(
+        model=model,
+        base_url=base_url,
+        api_key_env=api_key_env,
+        cache=cache,
+        chat=chat,
+        concurrency=concurrency,
+        max_usd=max_usd,
+        max_tokens=max_tokens,
+        max_calls=max_calls,
+        prices={"prompt": price[0], "completion": price[1]} if price else None,  # type: ignore[arg-type]
+    )
+    found = ask_endpoint(
+        file,
+        out,
+        config,
+        n=n,
+        seed=seed,
+        sampling=Sampling(max_tokens=max_tokens_per_answer, temperature=temperature),
+        schema=read_schema(json_schema),
+        dry_run=dry_run,
+    )
+    if isinstance(found, Estimate):
+        if json_output:
+            _print_json(found.row())
+        else:
+            rows = [{"what": name, "value": value} for name, value in found.lines()]
+            _print_table(rows, ("what", "value"))
+        return
+    if json_output:
+        _print_json(found)
+    else:
+        print(f"{out}: {found['answered']} answers, {found['cached']} of them from the cache")
+    if found["failed"]:
+        kinds = ", ".join(f"{number} {kind}" for kind, number in found["failed"].items())
+        print(f"failed: {kinds}; the rows say why, running again tries them again", file=sys.stderr)
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: `phiforge doctor --json`")
 def doctor(json_output: JsonOption = False) -> None:
     """Check this machine: Python, torch, bf16, compiler, GPU, extras, memory, disk."""

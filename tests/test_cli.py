@@ -25,6 +25,7 @@ COMMANDS = (
     "report",
     "compare",
     "chat",
+    "ask",
     "serve",
     "convert",
     "bench",

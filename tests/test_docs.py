@@ -88,6 +88,7 @@ def values(annotation: Any) -> str:
         bool: "`true`, `false`",
         str: "text",
         Path: "path",
+        Any: "any value",
     }
     return plain[getattr(annotation, "__origin__", annotation)]
 

@@ -15,6 +15,7 @@ from typing import Any
 from phiforge.core.files import atomic_path
 from phiforge.core.progress import progress
 from phiforge.core.usage import UsageError
+from phiforge.inference.endpoint.budget import Usage
 from phiforge.inference.endpoint.calls import Answer, Call, EndpointError, Failure, Outcome
 from phiforge.inference.endpoint.client import Endpoint
 from phiforge.inference.endpoint.config import EndpointConfig
@@ -80,8 +81,10 @@ def ask(
     """
     questions = read_questions(file)
     sampling = sampling or Sampling()
-    if config.cache is None:
-        config = config.model_copy(update={"cache": out.with_name(out.name + ".cache")})
+    cache = config.cache or out.with_name(out.name + ".cache")
+    if dry_run and not cache.exists():
+        cache = None  # pricing makes no file
+    config = config.model_copy(update={"cache": cache})
     calls = [Call(prompt=q.prompt, sampling=sampling, n=n, seed=seed) for q in questions]
     with config.open() as endpoint:
         if dry_run:
@@ -152,7 +155,7 @@ def _summary(
     for outcome in flat:
         if isinstance(outcome, Failure):
             failed[outcome.kind] = failed.get(outcome.kind, 0) + 1
-    usage = endpoint.usage[config.role]
+    usage = endpoint.usage.get(config.role, Usage())
     return {
         "out": str(out),
         "answered": sum(isinstance(outcome, Answer) for outcome in flat),

@@ -133,6 +133,7 @@ class Job:
                 outcomes = await self._sender.send(unit, self._is_stopped)
                 for key, outcome in zip(unit.keys, outcomes, strict=True):
                     self._take(key, outcome)
+                self._store.check()
                 self._judge_the_job()
         except asyncio.CancelledError:
             if self._stop is None:

@@ -1,6 +1,7 @@
 """What a job would send and cost, reckoned without sending anything.
 
-`estimate(prepared, store, account, tokenizer)` returns an Estimate; `lines()` of it is for people.
+`estimate(prepared, store, account, tokenizer)` returns an Estimate; `lines()` of it is for people,
+`row()` for programs.
 """
 
 from __future__ import annotations
@@ -39,6 +40,20 @@ class Estimate:
         sums = {"max_usd": total.usd, "max_tokens": total.tokens, "max_calls": total.calls}
         limits = {name: getattr(self.budget, name) for name in sums}
         return tuple(n for n, limit in limits.items() if limit is not None and sums[n] > limit)
+
+    def row(self) -> dict[str, Any]:
+        """The figures as one JSON object; money only with prices."""
+        money = {"expected_usd": self.expected.usd, "worst_usd": self.worst.usd}
+        return {
+            "samples": self.samples,
+            "cached": self.cached,
+            "calls": self.expected.calls,
+            "prompt_tokens": self.expected.prompt_tokens,
+            "expected_completion_tokens": self.expected.completion_tokens,
+            "worst_completion_tokens": self.worst.completion_tokens,
+            **(money if self.priced else {}),
+            "beyond": list(self.beyond),
+        }
 
     def lines(self) -> Iterator[tuple[str, str]]:
         """(name, value) rows to print."""

@@ -185,6 +185,12 @@ class Store:
         """Commit everything that arrived. Raises OSError when the file cannot be written."""
         self._commit()
 
+    def check(self) -> None:
+        """Raise what the thread could not commit; it stays in hand, for the next commit."""
+        if (error := self._error) is not None:
+            self._error = None
+            raise error
+
     def close(self) -> None:
         """Flush, stop the thread, close the file; may be called twice."""
         if self._closing.is_set():
@@ -203,9 +209,6 @@ class Store:
 
     def _announce(self) -> None:
         self._pending.any = True
-        if (error := self._error) is not None:
-            self._error = None
-            raise error
         if not self._arrived.is_set():
             if self._thread is None and not self._closing.is_set():
                 self._thread = threading.Thread(
@@ -222,7 +225,7 @@ class Store:
             try:
                 self._commit()
             except OSError as error:
-                self._error = error  # the next arrival raises it
+                self._error = error  # for check()
             self._closing.wait(COMMIT_SECONDS)
 
     def _commit(self) -> None:

@@ -119,24 +119,17 @@ def answer_json(
 
     Answers that stay unfit leave the cache, so the next run asks for them again.
     """
-    results = [list(row) for row in endpoint.answer(calls, progress=progress)]
-    repairs: list[tuple[int, int, Call]] = []
-    for position, row in enumerate(results):
-        for offset, outcome in enumerate(row):
-            if not isinstance(outcome, Answer):
-                continue
-            try:
-                row[offset] = replace(outcome, value=read_value(outcome.text, shape))
-            except Unfit as error:
-                repair = _repair(calls[position], offset, outcome, str(error))
-                repairs.append((position, offset, repair))
-                row[offset] = _failure(str(error), attempts=1)
+    try:
+        results, repairs = _checked(endpoint.answer(calls, progress=progress), calls, shape)
+    except EndpointError as error:
+        error.results, _ = _checked(error.results, calls, shape)
+        raise
     if not repairs:
-        return results
+        return results  # type: ignore[return-value]
     try:
         found = endpoint.answer([repair for *_, repair in repairs])
     except EndpointError as error:
-        error.results = results  # type: ignore[assignment]
+        error.results = results
         raise
     unfit: list[Call] = []
     for (position, offset, repair), (outcome,) in zip(repairs, found, strict=True):
@@ -146,10 +139,29 @@ def answer_json(
             call = calls[position]
             unfit += [replace(call, n=1, first_index=call.first_index + offset), repair]
     endpoint.forget(unfit)
-    return results
+    return results  # type: ignore[return-value]
 
 
-def _after_repair(first: Outcome, repaired: Outcome, shape: Shape) -> Outcome:
+def _checked(
+    results: Sequence[Sequence[Outcome | None]], calls: Sequence[Call], shape: Shape
+) -> tuple[list[list[Outcome | None]], list[tuple[int, int, Call]]]:
+    """Answers with their values, Failures for those that do not fit; and the repairs to ask for,
+    with their places."""
+    checked, repairs = [list(row) for row in results], []
+    for position, row in enumerate(checked):
+        for offset, outcome in enumerate(row):
+            if not isinstance(outcome, Answer):
+                continue
+            try:
+                row[offset] = replace(outcome, value=read_value(outcome.text, shape))
+            except Unfit as error:
+                repair = _repair(calls[position], offset, outcome, str(error))
+                repairs.append((position, offset, repair))
+                row[offset] = _failure(str(error), attempts=1)
+    return checked, repairs
+
+
+def _after_repair(first: Outcome | None, repaired: Outcome, shape: Shape) -> Outcome:
     assert isinstance(first, Failure)
     if isinstance(repaired, Failure):
         return _failure(f"{first.message}; the repair call failed ({repaired.message})", 2)

@@ -112,7 +112,8 @@ class Transport:
                 wait = retry_after(reply.headers.get("Retry-After"))
                 return Reply(reply.status, content, wait)
         except aiohttp.ClientConnectorError as error:
-            raise Unreachable(self.redact(str(error)), sent=False) from None
+            reason = error.os_error.strerror or str(error.os_error)
+            raise Unreachable(f"no connection ({reason})", sent=False) from None
         except TimeoutError as error:
             if isinstance(error, aiohttp.ConnectionTimeoutError):
                 message = f"no connection within {CONNECT_SECONDS:g} s"
