@@ -12,7 +12,7 @@ import random
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from phiforge.inference.endpoint.budget import NOTHING, Account, Spend
 from phiforge.inference.endpoint.calls import Answer, Failure, FailureKind, Outcome
@@ -149,7 +149,10 @@ class Sender:
                 f"{self.transport.shown_url} takes no response_format json_schema "
                 f"({self.transport.redact(found.message)}); the schema goes into the prompt"
             )
-        return found if isinstance(again, Trouble) and again.kind == "refused" else again
+        if isinstance(again, Trouble) and again.kind == "refused":
+            message = f"{found.message}; without response_format: {again.message}"
+            return replace(again, message=message)
+        return again
 
     async def _exchange(self, unit: Unit, with_schema: bool) -> list[Answer | Failure] | Trouble:
         """One request: place, reservation, POST, settlement."""
