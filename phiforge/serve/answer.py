@@ -9,22 +9,23 @@ import asyncio
 import contextlib
 import sys
 import traceback
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from phiforge.inference.interface import Completion
 from phiforge.model.tokenizer import Tokenizer
 from phiforge.serve.errors import ApiError, to_json
-from phiforge.serve.shape import ChoiceShape, Envelope, TokenScore
+from phiforge.serve.shape import SCORED, ChoiceShape, Envelope, TokenScore
 from phiforge.serve.ticket import (
     Cancelled,
     EngineFailed,
+    Event,
     Full,
     Piece,
     Scores,
-    ServedToken,
     Started,
     Stopping,
     Ticket,
@@ -40,7 +41,6 @@ class _Choices:
         call = envelope.call
         self.shapes = [ChoiceShape(call, tokenizer, i) for i in range(call.num_choices)]
         self.echoed: list[list[TokenScore]] = [[] for _ in self.shapes]
-        self.tokens: list[list[ServedToken]] = [[] for _ in self.shapes]
         self.num_generated = 0
         self._n = call.n
 
@@ -54,22 +54,18 @@ class _Choices:
 async def whole_answer(envelope: Envelope, ticket: Ticket, tokenizer: Tokenizer) -> dict[str, Any]:
     """Waits for every choice; raises what ended the ticket."""
     choices = _Choices(envelope, tokenizer)
-    finished: dict[int, tuple[str, str]] = {}
+    finished: dict[int, Completion] = {}
     while not ticket.ended:
-        event = await ticket.next_event()
-        if isinstance(event, Scores):
-            choices.take_scores(event)
-        elif isinstance(event, Piece):
-            choices.tokens[event.choice] += event.tokens
-            choices.num_generated += len(event.tokens)
-            if event.completion is not None:
-                finished[event.choice] = (event.completion.text, event.completion.finish_reason)
+        for event in await ticket.next_events():
+            if isinstance(event, Scores):
+                choices.take_scores(event)
+            elif isinstance(event, Piece) and event.completion is not None:
+                finished[event.choice] = event.completion
     told = [
-        shape.whole(text, choices.echoed[i], choices.tokens[i], reason)
-        for i, shape in enumerate(choices.shapes)
-        for text, reason in [finished.get(i, ("", "length"))]  # none: the prompt was scored alone
+        shape.whole(choices.echoed[index], finished.get(index, SCORED))
+        for index, shape in enumerate(choices.shapes)
     ]
-    return envelope.whole(told, choices.num_generated)
+    return envelope.whole(told, sum(len(each.token_ids) for each in finished.values()))
 
 
 async def stream_answer(
@@ -79,29 +75,32 @@ async def stream_answer(
     choices = _Choices(envelope, tokenizer)
     try:
         while not ticket.ended:
-            event = await ticket.next_event(PING_SECONDS)
-            if event is None:
+            events = await ticket.next_events(PING_SECONDS)
+            told = [chunk for event in events for chunk in _chunks(event, choices)]
+            if told:
+                yield b"".join(_frame(envelope.chunk(chunk)) for chunk in told)
+            elif not events:
                 yield b": ping\n\n"
-            elif isinstance(event, Scores):
-                choices.take_scores(event)
-            elif isinstance(event, Started):
-                for index, shape in enumerate(choices.shapes):
-                    if (opening := shape.opening(choices.echoed[index])) is not None:
-                        yield _frame(envelope.chunk(opening))
-                    if envelope.call.sampling is None:
-                        yield _frame(envelope.chunk(shape.ending("length")))
-            else:
-                choices.num_generated += len(event.tokens)
-                shape = choices.shapes[event.choice]
-                if (piece := shape.piece(event.tokens)) is not None:
-                    yield _frame(envelope.chunk(piece))
-                if event.completion is not None:
-                    yield _frame(envelope.chunk(shape.ending(event.completion.finish_reason)))
         if envelope.call.include_usage:
             yield _frame(envelope.last_chunk(choices.num_generated))
         yield b"data: [DONE]\n\n"
     except Exception as error:
         yield _frame(as_api_error(error).body)
+
+
+def _chunks(event: Event, choices: _Choices) -> Iterator[dict[str, Any]]:
+    """What an event adds to the choices of a stream."""
+    if isinstance(event, Scores):
+        choices.take_scores(event)
+    elif isinstance(event, Started):
+        for index, shape in enumerate(choices.shapes):
+            yield from shape.opening(choices.echoed[index])
+    else:
+        choices.num_generated += len(event.tokens)
+        shape = choices.shapes[event.choice]
+        yield from shape.piece(event.tokens)
+        if event.completion is not None:
+            yield shape.ending(event.completion.finish_reason)
 
 
 class EventStream(Response):

@@ -109,14 +109,14 @@ class Api:
     async def _answer(self, request: Request, call: Call, prefix: str) -> Response:
         self._check_size(call)
         to_score = [ToScore(prompt.token_ids, call.num_top or 0) for prompt in call.scored]
-        ticket = self.loop.open(call.requests, to_score)
+        ticket = self.loop.open(call.requests, to_score, call.stream)
         identity = prefix + secrets.token_hex(12)
         envelope = Envelope(call, identity, int(time.time()), self.name, self.fingerprint)
         if not call.stream:
             async with leaving(request.receive, ticket):
                 return json_response(await whole_answer(envelope, ticket, self.tokenizer))
         try:
-            await ticket.started()  # what the engine refuses at once has a status of its own
+            await ticket.anything()  # what the engine refuses at once has a status of its own
         except BaseException:
             ticket.cancel()
             raise

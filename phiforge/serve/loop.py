@@ -1,7 +1,7 @@
 """One thread that drives the engine for every open call, and hands tokens to asyncio.
 
-`loop.open(requests, to_score)` on the event loop gives a `Ticket` (serve/ticket.py), whose events
-come as the engine makes them; cancelling it frees its rows at the engine's next step.
+`loop.open(requests, to_score, in_pieces)` on the event loop gives a `Ticket` (serve/ticket.py),
+whose events come as the engine makes them; cancelling it frees its rows at the engine's next step.
 Nothing is written.
 
 All engine calls happen on the engine's thread, in turn: commands that came in, then one step for
@@ -88,20 +88,23 @@ class EngineLoop:
         """Samples and prompts to score that are not done."""
         return sum(ticket.num_left for ticket in self._open)
 
-    def open(self, requests: Sequence[Request], to_score: Sequence[ToScore]) -> Ticket:
+    def open(
+        self, requests: Sequence[Request], to_score: Sequence[ToScore], in_pieces: bool
+    ) -> Ticket:
         """Takes a call in. Raises Full, Stopping, or EngineFailed when the thread has ended."""
         if self.draining:
             raise Stopping("the server is shutting down; ask another, or this one later")
         if not self.alive:
             raise EngineFailed("the engine has stopped; restart the server")
-        ticket = Ticket(requests, to_score, lambda it: self._inbox.put((self._drop, it)))
+        drop = partial(self._tell_thread, self._drop)
+        ticket = Ticket(requests, to_score, in_pieces, drop)
         if self.num_open + ticket.num_left > self.max_samples:
             raise Full(
                 f"{self.num_open} samples are running or waiting and this call asks for "
                 f"{ticket.num_left} more; the server takes {self.max_samples}: try again later"
             )
         self._open.add(ticket)
-        self._inbox.put((self._admit, ticket))
+        self._tell_thread(self._admit, ticket)
         return ticket
 
     def stop_all(self, error: Exception) -> None:
@@ -115,6 +118,9 @@ class EngineLoop:
         self.stop_all(Stopping("the server is shutting down"))
         self._inbox.put(None)
         await asyncio.to_thread(self._thread.join)
+
+    def _tell_thread(self, do: Callable[[Ticket], None], ticket: Ticket) -> None:
+        self._inbox.put((do, ticket))
 
     def _deliver(self, events: list[tuple[Ticket, Event | Exception | None]]) -> None:
         for ticket, event in events:
@@ -239,7 +245,9 @@ class EngineLoop:
 
 
 def _piece_event(sample: _Sample) -> Piece | None:
-    tokens, done = tuple(sample.stream.take()), sample.stream.done
+    done = sample.stream.done
+    # Taking turns tokens into text: wasted work where nobody reads along.
+    tokens = tuple(sample.stream.take()) if sample.ticket.in_pieces else ()
     if not tokens and not done:
         return None
     return Piece(sample.index, tokens, sample.stream.completion if done else None)

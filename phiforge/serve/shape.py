@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import codecs
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from phiforge.inference.interface import TopLogprobs
+from phiforge.inference.interface import Completion, TopLogprobs
 from phiforge.model.tokenizer import Tokenizer
 from phiforge.serve.call import Call, PromptPart
 from phiforge.serve.ticket import ServedToken
 
 _LEAST_LOGPROB = -9999.0  # JSON has no infinity; OpenAI's stand-in
+
+
+SCORED = Completion("", (), None, "length")  # the answer where a prompt was scored alone
 
 
 class TokenScore(NamedTuple):
@@ -87,41 +90,42 @@ class ChoiceShape:
         rest = zip(ids[1:], logprobs, top_logprobs, strict=True)
         return [TokenScore(ids[0], None, ()), *(TokenScore(*each) for each in rest)]
 
-    def whole(
-        self, text: str, echoed: Sequence[TokenScore], tokens: Sequence[ServedToken], reason: str
-    ) -> dict[str, Any]:
-        """The finished choice; `text` is the answer's own."""
-        logprobs = self._logprobs(echoed, tokens)
-        ids = self._token_ids(tokens)
-        if self._call.return_token_ids:
-            ids["prompt_token_ids"] = list(self._prompt.token_ids)
+    def whole(self, echoed: Sequence[TokenScore], answer: Completion) -> dict[str, Any]:
+        """The finished choice."""
+        text, scores = answer.text, []
+        if answer.logprobs is not None:
+            top = answer.top_logprobs or ((),) * len(answer.logprobs)
+            scores = [*map(TokenScore, answer.token_ids, answer.logprobs, top)]
+        logprobs = self._logprobs([*echoed, *scores], len(echoed))
+        ids = self._prompt_ids() | self._ids(answer.token_ids)
         if self._call.is_chat:
-            message = {"role": "assistant", "content": text, "refusal": None}
-            said = {"message": message}
+            said = {"message": {"role": "assistant", "content": text, "refusal": None}}
         else:
             said = {"text": self._prompt.text + text if self._call.echo else text}
+        reason = answer.finish_reason
         return {"index": self.index, **said, "logprobs": logprobs, "finish_reason": reason, **ids}
 
-    def opening(self, echoed: Sequence[TokenScore]) -> dict[str, Any] | None:
-        """The first event of the choice's stream: a chat's role, a completion's echo, or none."""
-        ids = {}
-        if self._call.return_token_ids:
-            ids["prompt_token_ids"] = list(self._prompt.token_ids)
+    def opening(self, echoed: Sequence[TokenScore]) -> Iterator[dict[str, Any]]:
+        """The choice's stream before its tokens: a chat's role, a completion's echo, or nothing."""
+        ids = self._prompt_ids()
         if self._call.is_chat:
-            return self._delta({"role": "assistant", "content": ""}, None, None) | ids
-        if self._call.echo or ids:
+            yield self._delta({"role": "assistant", "content": ""}, None, None) | ids
+        elif self._call.echo or ids:
             text = self._prompt.text if self._call.echo else ""
-            return self._delta(text, self._logprobs(echoed, ()) if echoed else None, None) | ids
-        return None
+            logprobs = self._logprobs(echoed, len(echoed)) if echoed else None
+            yield self._delta(text, logprobs, None) | ids
+        if self._call.sampling is None:
+            yield self.ending(SCORED.finish_reason)
 
-    def piece(self, tokens: Sequence[ServedToken]) -> dict[str, Any] | None:
-        """New tokens, or None where nothing is to be told yet."""
+    def piece(self, tokens: Sequence[ServedToken]) -> Iterator[dict[str, Any]]:
+        """New tokens; nothing where they are to be told later."""
         text = "".join(token.text for token in tokens)
         told = text or self._call.num_top is not None or self._call.return_token_ids
-        if not tokens or not told:
-            return None
-        said = {"content": text} if self._call.is_chat else text
-        return self._delta(said, self._logprobs((), tokens), None) | self._token_ids(tokens)
+        if tokens and told:
+            scores = [TokenScore(t.token_id, t.logprob, t.top_logprobs) for t in tokens]
+            said = {"content": text} if self._call.is_chat else text
+            ids = self._ids([token.token_id for token in tokens])
+            yield self._delta(said, self._logprobs(scores, 0), None) | ids
 
     def ending(self, reason: str) -> dict[str, Any]:
         """The choice's last event."""
@@ -131,26 +135,24 @@ class ChoiceShape:
         name = "delta" if self._call.is_chat else "text"
         return {"index": self.index, name: said, "logprobs": logprobs, "finish_reason": reason}
 
-    def _token_ids(self, tokens: Sequence[ServedToken]) -> dict[str, Any]:
-        if not self._call.return_token_ids:
-            return {}
-        return {"token_ids": [token.token_id for token in tokens]}
+    def _ids(self, token_ids: Sequence[int]) -> dict[str, Any]:
+        return {"token_ids": list(token_ids)} if self._call.return_token_ids else {}
 
-    def _logprobs(
-        self, echoed: Sequence[TokenScore], tokens: Sequence[ServedToken]
-    ) -> dict[str, Any] | None:
+    def _prompt_ids(self) -> dict[str, Any]:
+        wanted = self._call.return_token_ids
+        return {"prompt_token_ids": list(self._prompt.token_ids)} if wanted else {}
+
+    def _logprobs(self, scores: Sequence[TokenScore], num_echoed: int) -> dict[str, Any] | None:
+        """Log-probabilities of tokens, the first `num_echoed` of them the prompt's."""
         if self._call.num_top is None:
             return None
-        drawn = [TokenScore(t.token_id, t.logprob, t.top_logprobs) for t in tokens]
         if self._call.is_chat:
-            content = [chat_logprob(self._tokenizer, score) for score in drawn]
+            content = [chat_logprob(self._tokenizer, score) for score in scores]
             return {"content": content, "refusal": None}
-        offsets = [self._offsets.take(score.token_id, True) for score in echoed]
-        offsets += [self._offsets.take(score.token_id, False) for score in drawn]
-        scores = [*echoed, *drawn]
+        ids = [score.token_id for score in scores]
         return {
-            "text_offset": offsets,
-            "tokens": [token_name(self._tokenizer, score.token_id) for score in scores],
+            "text_offset": [self._offsets.take(t, i < num_echoed) for i, t in enumerate(ids)],
+            "tokens": [token_name(self._tokenizer, token_id) for token_id in ids],
             "token_logprobs": [_finite(score.logprob) for score in scores],
             "top_logprobs": [top_by_name(self._tokenizer, score) for score in scores]
             if self._call.num_top

@@ -78,7 +78,7 @@ class Scores:
 
 @dataclass(frozen=True)
 class Piece:
-    """New tokens of one choice; with its last ones, the whole completion."""
+    """New tokens of one choice; with its last ones, or in their place, the whole completion."""
 
     choice: int
     tokens: tuple[ServedToken, ...]
@@ -89,54 +89,58 @@ Event = Started | Scores | Piece
 
 
 class Ticket:
-    """One call's events, in order: its prompts' scores, Started, pieces. Used on the event loop."""
+    """One call's events, in order: its prompts' scores, Started, pieces. Used on the event loop.
+
+    `in_pieces`: tokens come as they are drawn; else one piece per choice, its whole completion.
+    """
 
     def __init__(
         self,
         requests: Sequence[Request],
         to_score: Sequence[ToScore],
+        in_pieces: bool,
         on_cancel: Callable[[Ticket], None],
     ) -> None:
         self.requests, self.to_score = tuple(requests), tuple(to_score)
+        self.in_pieces = in_pieces
         self.num_left = len(self.requests) + len(self.to_score)
         self._on_cancel = on_cancel
-        self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
-        self._ahead: list[Event] = []  # looked at, not yet given
-        self._started = self._stopped = self._told = False
+        self._events: list[Event] = []
+        self._error: Exception | None = None
+        self._something = asyncio.Event()
+        self._started = self._told = False
 
     @property
     def ended(self) -> bool:
-        """Whether every event, or the error that came in their place, was received."""
-        return self._told or (self._complete and self._events.empty() and not self._ahead)
+        """Whether every event, or the error that came in their place, was given."""
+        return self._told or (self._complete and not self._events)
 
     @property
     def _complete(self) -> bool:
         return self._started and self.num_left == 0
 
-    async def next_event(self, timeout_seconds: float | None = None) -> Event | None:
-        """The next event; None when none came in time.
+    async def next_events(self, timeout_seconds: float | None = None) -> list[Event]:
+        """The events that have come, at least one; none when none came in time.
 
         Raises what ended the call: EngineFailed, Stopping, Cancelled, or ValueError for a request
         that the engine refused.
         """
-        if self._ahead:
-            return self._ahead.pop(0)
         try:
-            event = await asyncio.wait_for(self._events.get(), timeout_seconds)
+            async with asyncio.timeout(timeout_seconds):
+                await self.anything()
         except TimeoutError:
-            return None
-        if isinstance(event, Exception):
-            self._told = True
-            raise event
-        return event
+            return []
+        events, self._events = self._events, []
+        if self._error is None:
+            self._something.clear()
+        return events
 
-    async def started(self) -> None:
-        """Waits until events can be had or the call has failed; raises what ended it."""
-        first = await self._events.get()
-        if isinstance(first, Exception):
+    async def anything(self) -> None:
+        """Waits until there is an event; raises what ended the call when there will be none."""
+        await self._something.wait()
+        if not self._events and self._error is not None:
             self._told = True
-            raise first
-        self._ahead.append(first)
+            raise self._error
 
     def cancel(self) -> None:
         """Ends the call; its rows are free after the engine's step in progress."""
@@ -144,17 +148,19 @@ class Ticket:
 
     def stop(self, error: Exception) -> None:
         """Ends the call with an error, unless it has ended."""
-        if not self._stopped and not self._complete:
-            self._stopped = True
-            self._events.put_nowait(error)
+        if self._error is None and not self._complete:
+            self.receive(error)
             self._on_cancel(self)
 
     def receive(self, event: Event | Exception) -> None:
-        """Takes an event from the engine's thread."""
-        if self._stopped:
+        """Takes an event; after an error there are none."""
+        if self._error is not None:
             return
-        if isinstance(event, Scores) or (isinstance(event, Piece) and event.completion is not None):
-            self.num_left -= 1
-        self._started |= isinstance(event, Started)
-        self._stopped |= isinstance(event, Exception)
-        self._events.put_nowait(event)
+        if isinstance(event, Exception):
+            self._error = event
+        else:
+            is_last = isinstance(event, Piece) and event.completion is not None
+            self.num_left -= isinstance(event, Scores) or is_last
+            self._started |= isinstance(event, Started)
+            self._events.append(event)
+        self._something.set()
