@@ -25,7 +25,7 @@ IGNORE = -100
 
 # Logits of one chunk: 8 MiB in fp32 on a CPU (near its caches), 1 GiB on a GPU (few launches).
 _CHUNK_LOGITS = {"cpu": 2**21, "cuda": 2**28}
-_MIN_CHUNK_TOKENS = 256
+_MIN_CHUNK_TOKENS = 512
 
 
 @dataclass(frozen=True)
