@@ -7,13 +7,15 @@ them. Nothing is written.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
 from phiforge.model.config import PhiConfig
 
 Task = Literal["engine", "train"]
 OURS = "phiforge"
+# What a comparison may name in place of a peer: what this run measured, what a data sheet states.
+LIMIT, PEAK = "the limit", "the chip's stated peak"
 
 
 @dataclass(frozen=True)
@@ -55,11 +57,11 @@ class Work:
 
 @dataclass(frozen=True)
 class Comparison:
-    """A line below the table: ours over a peer, or with no peer the share of the limit."""
+    """A line below the table: ours over a peer, or ours as a share of LIMIT or PEAK."""
 
     work: str
     ours: str
-    peer: str | None
+    peer: str
     bar: float | None = None  # what the project set out to reach
 
 
@@ -68,7 +70,7 @@ class Group:
     """Contestants on one model. `limits` is what the limits process is asked once a round.
 
     `reference` names the entrant whose greedy tokens (or losses) the others are held against, and
-    `must_equal` those that must give the same.
+    `must_equal` those that must give the same. `peak_flops`: FLOP/s the chip's maker states.
     """
 
     name: str
@@ -82,4 +84,4 @@ class Group:
     comparisons: tuple[Comparison, ...] = ()
     reference: str | None = None
     must_equal: tuple[str, ...] = ()
-    facts: Mapping[str, Any] = field(default_factory=dict)
+    peak_flops: float | None = None

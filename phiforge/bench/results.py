@@ -18,7 +18,7 @@ from phiforge.bench.figures import (
     ratio,
     spread,
 )
-from phiforge.bench.plan import OURS, Comparison, Entrant, Group, Work
+from phiforge.bench.plan import LIMIT, OURS, PEAK, Comparison, Entrant, Group, Work
 from phiforge.bench.processor import FOREIGN_LIMIT
 from phiforge.bench.roofline import DECODE_FORMULA, decode_flops, decode_limit
 from phiforge.bench.rounds import WARM_UP, Played
@@ -46,7 +46,7 @@ def summarize(group: Group, played: Played) -> dict[str, Any]:
         "versions": played.about,
         "failures": played.failures,
         "works": [_work(group, work, played, limits) for work in group.works],
-        **({"facts": dict(group.facts)} if group.facts else {}),
+        "peak_flops": group.peak_flops,
     }
 
 
@@ -135,6 +135,8 @@ def _limit(
         token_flops = decode_flops(group.config, work.context)
     flops = token_flops * rate.median
     found: dict[str, Any] = {"gigaflops_per_second": flops / 1e9}
+    if group.peak_flops is not None:
+        found["peak_share"] = flops / group.peak_flops
     if limits is None:
         return found
     peak = limits["flops_per_second"][entrant.dtype]
@@ -201,8 +203,8 @@ def _compare(
     if ours is None:
         return None
     said = {"ours": comparison.ours, "peer": comparison.peer, "bar": comparison.bar}
-    if comparison.peer is None:
-        share = ours.get("limit_share")
+    if comparison.peer in _SHARES:
+        share = ours.get(_SHARES[comparison.peer])
         if share is None:
             return None
         found = Spread(share, *(share * ours[k] / ours["tokens_per_second"] for k in _ENDS))
@@ -216,6 +218,7 @@ def _compare(
 
 
 _ENDS = ("low", "high")
+_SHARES = {LIMIT: "limit_share", PEAK: "peak_share"}
 
 
 def _busy(rows: list[dict[str, Any]]) -> list[str]:

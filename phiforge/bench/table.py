@@ -23,6 +23,10 @@ def text(result: dict[str, Any]) -> str:
         for work in summary["works"]:
             lines += ["", f"{work['title']}", *_table(summary, work), *_below(work)]
         lines += [f"FLOPs: {summary['flops_formula']}"]
+        if summary["peak_flops"]:
+            lines += [
+                f"the chip's stated peak: {summary['peak_flops'] / 1e12:,.0f} TFLOP/s in bf16"
+            ]
         lines += [f"! {what}" for what in wrong(summary)]
     lines += ["", *result["skipped"]] if result["skipped"] else []
     if result["quick"]:
@@ -89,8 +93,7 @@ def _spread(found: dict[str, float]) -> str:
 def _below(work: dict[str, Any]) -> list[str]:
     lines = []
     for found in work["comparisons"]:
-        against = found["peer"] or "the limit"
-        line = f"  {found['ours']} / {against}: {_spread(found)}"
+        line = f"  {found['ours']} / {found['peer']}: {_spread(found)}"
         if found["bar"] is not None:
             line += f", aim {found['bar']:g}: {'reached' if found['reached'] else 'missed'}"
         lines.append(line)

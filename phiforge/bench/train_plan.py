@@ -10,9 +10,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from phiforge.bench.engine_plan import Setting, small_100m_config, tiny_config
+from phiforge.bench.engine_plan import MOST_LAYERS, Setting, small_100m_config, tiny_config
 from phiforge.bench.models import tokenizer_of, write_batches, write_model
-from phiforge.bench.plan import OURS, Comparison, Entrant, Group, Work
+from phiforge.bench.plan import LIMIT, OURS, PEAK, Comparison, Entrant, Group, Work
 from phiforge.bench.roofline import step_shapes
 from phiforge.model.config import PhiConfig
 from phiforge.recipe import load_recipe
@@ -87,7 +87,7 @@ def _small_100m(setting: Setting) -> Group:
         Comparison("step", f"{OURS} bf16", "transformers bf16", 1.35),
         Comparison("step", f"{OURS} bf16", "transformers bf16 compiled", 1.1),
         Comparison("step", f"{OURS} bf16", "litgpt bf16", 1.0),
-        Comparison("step", f"{OURS} bf16", None, 0.75),
+        Comparison("step", f"{OURS} bf16", LIMIT, 0.75),
     )
     return prepared.group(entrants, comparisons, "one document a row")
 
@@ -101,14 +101,15 @@ def _phi_4_layers(setting: Setting) -> Group:
     contestants = 1 + 2 * ("transformers" in setting.peers) + ("litgpt" in setting.peers)
     # 16 bytes a parameter (fp32 values, gradients, AdamW's two), a quarter for activations.
     room = 0.75 * setting.gpu_bytes / contestants / 16
-    config = config.replace(num_layers=max(1, min(config.num_layers, int((room - tables) / layer))))
+    config = config.replace(num_layers=max(1, min(MOST_LAYERS, int((room - tables) / layer))))
     prepared = _Prepared(setting, "phi-4-layers", config, step, 10**12, device="cuda")
     entrants = [prepared.ours("bf16", compile="on"), *prepared.peers(fp32=False)]
     comparisons = (
         Comparison("step", f"{OURS} bf16 compiled", "transformers bf16"),
         Comparison("step", f"{OURS} bf16 compiled", "transformers bf16 compiled"),
         Comparison("step", f"{OURS} bf16 compiled", "litgpt bf16"),
-        Comparison("step", f"{OURS} bf16 compiled", None, 0.5),
+        Comparison("step", f"{OURS} bf16 compiled", LIMIT),
+        Comparison("step", f"{OURS} bf16 compiled", PEAK, 0.5),
     )
     return prepared.group(entrants, comparisons, f"{config.num_layers} layers")
 
@@ -137,7 +138,7 @@ class _Prepared:
         self.device: Literal["cpu", "cuda"] = device
         self.folder = setting.folder / f"train-{name}"
         self.batches = setting.folder / f"train-{name}.npz"
-        write_model(config, self.folder)
+        write_model(config, self.folder, "bfloat16" if device == "cuda" else "float32")
         num = max(4, 4 * step.steps_per_run)
         write_batches(
             self.batches, config.vocab_size, num, step.rows, step.context, step.document_tokens
@@ -193,6 +194,7 @@ class _Prepared:
             comparisons=tuple(comparisons),
             reference=fp32[0] if fp32 else entrants[0].label,
             must_equal=tuple(e.label for e in entrants if e.program != "litgpt"),
+            peak_flops=H200_FLOPS if self.device == "cuda" else None,
         )
 
     def _peer(self, name: str, dtype: Literal["fp32", "bf16"], compile: bool = False) -> Entrant:

@@ -6,7 +6,7 @@ import pytest
 
 from phiforge.bench.contestant import ContestantFailed
 from phiforge.bench.engine_plan import tiny_config
-from phiforge.bench.plan import Comparison, Entrant, Group, Work
+from phiforge.bench.plan import LIMIT, PEAK, Comparison, Entrant, Group, Work
 from phiforge.bench.results import summarize, wrong
 from phiforge.bench.rounds import order, play
 from phiforge.bench.table import text
@@ -123,9 +123,11 @@ def test_figures_are_medians_and_ratios_are_paired_by_round():
         entrant("theirs"),
         comparisons=(
             Comparison("w", "mine", "theirs", 1.9),
-            Comparison("w", "mine", None, 0.5),
+            Comparison("w", "mine", LIMIT, 0.5),
+            Comparison("w", "mine", PEAK),
             Comparison("w", "mine", "absent", 1.0),
         ),
+        peak_flops=1e9,
     )
     result, _ = played(found, {"mine": ours, "theirs": peer})
     summary = summarize(found, result)
@@ -138,9 +140,10 @@ def test_figures_are_medians_and_ratios_are_paired_by_round():
     matrices = 2 * (64 * (64 + 2 * 32) + 64 * 64 + 3 * 64 * 160) + 320 * 64
     assert mine["limit"] == "memory"
     assert mine["limit_share"] == pytest.approx(6.0 * 4 * matrices / 1e9)
-    ratio, share = work["comparisons"]
+    ratio, share, peak = work["comparisons"]
     assert (ratio["median"], ratio["reached"]) == (2.0, True)
     assert (share["reached"], share["high"]) == (False, pytest.approx(2 * share["median"]))
+    assert peak["median"] == pytest.approx(mine["gigaflops_per_second"])
     assert len(mine["rounds"]) == 4, "the warm-up is recorded too"
 
 
