@@ -22,7 +22,7 @@ from torch import Tensor
 from phiforge.model.quantize import GROUP, Format, Matrix, dequantize
 
 Product = Callable[[Tensor], Tensor]
-_OUTPUTS = 16  # torch's packed kernels want a multiple of this
+_OUTPUTS, _INPUTS = 16, 64  # torch's packed kernels want multiples, and read past ends otherwise
 
 
 def make_product(matrix: Matrix, device: torch.device, dtype: torch.dtype) -> Product:
@@ -83,12 +83,13 @@ def _int8_linear(x_mk: Tensor, weight_nk: Tensor, scale_n: Tensor) -> Tensor:
 
 def _int8(matrix: Matrix) -> Product:
     assert matrix.scale is not None
-    n = matrix.num_outputs
-    weight_nk = F.pad(matrix.data, (0, 0, 0, -n % _OUTPUTS)).contiguous()
+    n, padding = matrix.num_outputs, -matrix.num_inputs % _INPUTS
+    weight_nk = F.pad(matrix.data, (0, padding, 0, -n % _OUTPUTS)).contiguous()
     ones_n, scale_n = _ones(weight_nk.shape[0]), matrix.scale
 
     def product(x_mk: Tensor) -> Tensor:
-        y_mn = _int8_linear(x_mk.contiguous(), weight_nk, ones_n)[:, :n]
+        padded_mk = F.pad(x_mk, (0, padding)) if padding else x_mk.contiguous()
+        y_mn = _int8_linear(padded_mk, weight_nk, ones_n)[:, :n]
         return (y_mn * scale_n).to(x_mk.dtype)
 
     return product

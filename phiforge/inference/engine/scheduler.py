@@ -110,6 +110,7 @@ class Scheduler:
     def _empty(self) -> None:
         self._pool = BlockPool(self.runner.num_blocks)
         self._tree = PrefixTree(self._pool)
+        self._too_large: Answer | None = None  # found no room; not asked again until a row leaves
         self._rows = Rows(self._num_rows, self.runner.context)
 
     def _waiting(self) -> list[Answer]:
@@ -123,7 +124,12 @@ class Scheduler:
         n = rows.num_active
         uncomputed = int((rows.length[:n] - rows.computed[:n]).sum()) if self._queue else 0
         for _ in range(2 * self._num_rows):  # of a long queue that waits for one prompt
-            if not self._queue or not rows.num_free or uncomputed - n >= self._most_tokens:
+            if (
+                not self._queue
+                or self._queue[0] is self._too_large
+                or not rows.num_free
+                or uncomputed - n >= self._most_tokens
+            ):
                 return
             answer = heapq.heappop(self._queue)
             if answer.done:  # cancelled while it waited
@@ -135,6 +141,7 @@ class Scheduler:
                 raise
             if num_tokens is None:
                 heapq.heappush(self._queue, answer)
+                self._too_large = answer
                 return
             uncomputed += num_tokens
 
@@ -305,6 +312,7 @@ class Scheduler:
     def _leave(self, rows: np.ndarray) -> list[int]:
         """Takes rows out; the blocks that nobody holds then."""
         freed: list[int] = []
+        self._too_large = None
         for row in rows.tolist():
             node = self._rows.nodes[row]
             if node is not None:
