@@ -12,6 +12,7 @@ namespace phi {
 
 constexpr long BLOCK = 64;           // tokens
 constexpr long TILE_QUERIES = 24;    // query rows that share the loads of one block
+constexpr long CACHE_AHEAD = 1024;   // bytes between a fetch and its use
 
 struct Heads {
   long num_heads, num_kv_heads, size, window;  // window 0: full attention
@@ -44,17 +45,47 @@ struct HeadBlock {
   static long elements(long e) { return 2 * BLOCK * e; }
   Kv* values() const { return keys + BLOCK * e; }
 
-  void write(long slot, const float* key, const float* value, long size) const {
-    for (long i = 0; i < size; i++)
-      write_one(keys + i / STEP * BLOCK * STEP + slot * STEP + i % STEP, key[i]);
+  // Fetches what reading begins with, and the places of one token, which lie far apart.
+  void fetch() const {
+    for (long at = 0; at < CACHE_AHEAD; at += 64) __builtin_prefetch((const char*)keys + at, 0, 3);
+  }
+  void fetch(long slot) const {
+    for (long i = 0; i < e; i += STEP) __builtin_prefetch(keys + i * BLOCK + slot * STEP, 1, 3);
+    const Kv* row = values() + slot / STEP * e * STEP;
+    for (long i = 0; i < e * STEP; i += 64 / sizeof(Kv)) __builtin_prefetch(row + i, 1, 3);
+  }
+
+  // Key and value of one token, both of e floats (what pads a head is zero).
+  void write(long slot, const float* key, const float* value) const {
+    Kv* column = keys + slot * STEP;
     Kv* row = values() + slot / STEP * e * STEP + slot % STEP;
-    for (long i = 0; i < size; i++) write_one(row + i * STEP, value[i]);
+    for (long i = 0; i < e; i += LANES) {
+      Kv key_part[LANES];
+      phi::write(key_part, load(key + i));
+      for (long j = 0; j < LANES; j += STEP)
+        std::memcpy(column + (i + j) / STEP * BLOCK * STEP, key_part + j, STEP * sizeof(Kv));
+      write_value(row + i * STEP, load(value + i));
+    }
+  }
+
+ private:
+  // Every other number only: the token beside this one may be another thread's.
+  static PHI_INLINE void write_value(Kv* to, f32x16 value) {
+    if constexpr (STEP == 1) phi::write(to, value);
+#ifdef PHI_DOT_PAIRS
+    if constexpr (STEP == 2) {
+      u16x16 narrow;
+      phi::write((uint16_t*)&narrow, value);
+      const u32x16 spread = __builtin_convertvector(narrow, u32x16);
+      _mm512_mask_storeu_epi16(to, 0x55555555u, (__m512i)spread);
+    }
+#endif
   }
 };
 
 // Turns pairs (i, i + half) by their angle (half-split RoPE); the rest of the head stays.
-inline void rope(const float* x, long size, long half, const float* cos, const float* sin,
-                 float* out) {
+inline void rope(const float* __restrict x, long size, long half, const float* __restrict cos,
+                 const float* __restrict sin, float* __restrict out) {
   for (long i = 0; i < half; i++) {
     out[i] = x[i] * cos[i] - x[i + half] * sin[i];
     out[i + half] = x[i + half] * cos[i] + x[i] * sin[i];
@@ -65,16 +96,18 @@ inline void rope(const float* x, long size, long half, const float* cos, const f
 template <class Act>
 struct AttentionScratch {
   Buffer<Act> queries, weights;
-  Buffer<float> scores, sums, head;
+  Buffer<float> scores, sums;
+  Buffer<float> head, value;  // one head, what pads it zero
   std::vector<float> maxima, totals;
 
   void fit(const Heads& heads) {
     const long rows = heads.tile_rows(), e = heads.padded();
-    std::fill_n(queries.need(rows * e), rows * e, Act(0));
+    queries.need(rows * e);
     weights.need(rows * BLOCK);
     scores.need(rows * BLOCK);
     sums.need(rows * e);
-    head.need(e);
+    std::fill_n(head.need(e), e, 0.0f);
+    std::fill_n(value.need(e), e, 0.0f);
     maxima.resize(rows);
     totals.resize(rows);
   }
@@ -110,6 +143,11 @@ PHI_INLINE void soften(const float* scores, int vectors, long first, long last, 
   for (long i = 0; i < e; i += LANES) store(sums + i, load(sums + i) * fade);
 }
 
+// Lines to fetch while a block is read row by row.
+PHI_INLINE Ahead ahead(const Strip& strip) {
+  return {strip.w + CACHE_AHEAD, ceil_div(strip.stride, 64)};
+}
+
 // Queries of consecutive tokens (from `position`) against one key head's blocks; block(j) gives
 // the j-th. The queries are in scratch.queries [token][group][e]; write(row, sums, 1 / total).
 template <class Act, class Kv, class Blocks, class Write>
@@ -140,7 +178,9 @@ void attend(const Heads& heads, long position, long tokens, AttentionScratch<Act
     Act* weights = scratch.weights.get();
     const Strip keys{(const uint8_t*)cached.keys, key_stride, ceil_div(heads.size, STEP)};
     const Strip values{(const uint8_t*)cached.values(), value_stride, ceil_div(count, STEP)};
-    rows_of(loader, live, vectors, queries, e, keys, vector_bytes, scores, BLOCK, true);
+    rows_of(loader, live, vectors, queries, e, keys, vector_bytes, scores, BLOCK, true,
+            ahead(keys));
+    if (j < last_position / BLOCK) block(j + 1).fetch();
     for (long r = 0; r < live; r++) {
       const long row = t0 * group + r, here = position + row / group - start;
       soften(scores + r * BLOCK, vectors, std::max(0L, here - window + 1),
@@ -148,7 +188,7 @@ void attend(const Heads& heads, long position, long tokens, AttentionScratch<Act
              scratch.totals[row], sums + row * e, e);
     }
     rows_of(loader, live, (int)(e / LANES), weights, BLOCK, values, vector_bytes,
-            sums + t0 * group * e, e, false);
+            sums + t0 * group * e, e, false, ahead(values));
   }
   for (long row = 0; row < rows; row++) write(row, sums + row * e, 1.0f / scratch.totals[row]);
 }

@@ -191,6 +191,14 @@ PHI_INLINE float read_one(const uint16_t* from) { return widen(*from); }
 PHI_INLINE void write_one(float* to, float value) { *to = value; }
 PHI_INLINE void write_one(uint16_t* to, float value) { *to = narrow(value); }
 
+// out[i] = x[i] factor
+template <class Out>
+PHI_INLINE void write_scaled(Out* out, const float* x, float factor, long size) {
+  const long whole = size / LANES * LANES;
+  for (long i = 0; i < whole; i += LANES) write(out + i, load(x + i) * factor);
+  for (long i = whole; i < size; i++) write_one(out + i, x[i] * factor);
+}
+
 PHI_INLINE long round_up(long value, long multiple) {
   return (value + multiple - 1) / multiple * multiple;
 }

@@ -147,8 +147,10 @@ class Decoder {
         team.wait();
       }
       const long items = (long)d.queries_.size() * model().num_kv_heads;
-      team.each(items, [&](long item) {
-        attend_item(layer, d.queries_[item / model().num_kv_heads], item % model().num_kv_heads);
+      team.each(items, [&](long item, long next) {
+        const long heads = model().num_kv_heads;
+        if (next < items) fetch_item(layer, d.queries_[next / heads], next % heads);
+        attend_item(layer, d.queries_[item / heads], item % heads);
       });
       team.wait();
       add_product(w.output, d.attended_.get(), d.attended_stride_);
@@ -229,8 +231,9 @@ class Decoder {
       const float* key = projected + (model().num_heads + head) * e;
       float* turned = own.attention.head.get();
       rope(key, e, model().rotary_half, cos(position), sin(position), turned);
-      block(row, position / BLOCK, layer, head)
-          .write(position % BLOCK, turned, key + model().num_kv_heads * e, e);
+      float* value = own.attention.value.get();
+      std::copy_n(key + model().num_kv_heads * e, e, value);
+      block(row, position / BLOCK, layer, head).write(position % BLOCK, turned, value);
     }
 
     void write_prompt_token(long layer, long item) {
@@ -249,7 +252,7 @@ class Decoder {
           const long token = queries.first + t, position = pass.positions[token];
           rope(d.projected_.get() + token * d.projected_stride_ + (head * group + g) * e, e,
                model().rotary_half, cos(position), sin(position), turned);
-          for (long i = 0; i < e; i++) write_one(to + i, turned[i]);
+          write_scaled(to, turned, 1.0f, padded);
         }
       attend<Act, Kv>(
           d.heads_, pass.positions[queries.first], queries.count, own.attention,
@@ -257,8 +260,17 @@ class Decoder {
           [&](long r, const float* sums, float inverse) {
             Act* out = d.attended_.get() + (queries.first + r / group) * d.attended_stride_ +
                        (head * group + r % group) * e;
-            for (long i = 0; i < e; i++) write_one(out + i, sums[i] * inverse);
+            write_scaled(out, sums, inverse, e);
           });
+    }
+
+    // The cache's first lines of an item that comes next: their latency would be most of its time.
+    void fetch_item(long layer, const Queries& queries, long head) {
+      const long position = pass.positions[queries.first];
+      const long window = model().window ? model().window : position + 1;
+      block(queries.row, std::max(0L, position - window + 1) / BLOCK, layer, head).fetch();
+      if (is_single(queries.row))
+        block(queries.row, position / BLOCK, layer, head).fetch(position % BLOCK);
     }
 
     bool is_single(long row) const { return pass.row_starts[row + 1] - pass.row_starts[row] == 1; }

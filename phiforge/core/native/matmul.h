@@ -306,8 +306,8 @@ void tile_of(long rows, const Loader& weights, const Act* x, long x_stride, cons
 // Calls use(first_row, num_rows) for tiles of nearly equal height.
 template <class Act, class Use>
 PHI_INLINE void each_tile(long rows, Use use) {
-  long tiles = ceil_div(rows, Kernel<Act>::ROWS), first = 0;
-  for (long left = tiles; left > 0; left--) {
+  long first = 0;
+  for (long left = ceil_div(rows, Kernel<Act>::ROWS); left > 0; left--) {
     long height = ceil_div(rows - first, left);
     use(first, height);
     first += height;
@@ -317,7 +317,8 @@ PHI_INLINE void each_tile(long rows, Use use) {
 // All rows, `vectors` x 16 outputs, in strips as wide as registers allow.
 template <class Act, class Loader>
 void rows_of(const Loader& weights, long rows, int vectors, const Act* x, long x_stride,
-             const Strip& whole, long bytes_per_vector, float* sums, long sums_stride, bool fresh) {
+             const Strip& whole, long bytes_per_vector, float* sums, long sums_stride, bool fresh,
+             Ahead ahead = {}) {  // the first strip of the first rows fetches for all
   each_tile<Act>(rows, [&](long first, long height) {
     const Act* from = x + first * x_stride;
     float* to = sums + first * sums_stride;
@@ -328,7 +329,8 @@ void rows_of(const Loader& weights, long rows, int vectors, const Act* x, long x
       const int width = std::min(vectors - v, Kernel<Act>::VECTORS);
 #define PHI_STRIP(V)                                                                           \
   case V:                                                                                      \
-    tile_of<V>(height, weights, from, x_stride, strip, to + LANES * v, sums_stride, fresh);    \
+    tile_of<V>(height, weights, from, x_stride, strip, to + LANES * v, sums_stride, fresh,     \
+               ahead);                                                                         \
     break;
       switch (width) {
         PHI_STRIP(1)
@@ -342,6 +344,7 @@ void rows_of(const Loader& weights, long rows, int vectors, const Act* x, long x
           }
       }
 #undef PHI_STRIP
+      ahead.lines = 0;
       v += width;
     }
   });
@@ -400,10 +403,12 @@ struct Converted : LoadWork<Loader> {
 
 // Weights that need converting are converted in registers for up to so many rows, else into L1
 // first: the same values, multiplied in the same order.
-constexpr long DIRECT_ROWS = 4;
+template <class Act>
+constexpr long DIRECT_ROWS = Kernel<Act>::ROWS == 6 ? 24 : 2;
 
-// Bytes between a streamed weight's fetch and its use: the memory's latency at full bandwidth.
-constexpr long FETCH_AHEAD = 4096;
+// Bytes between a streamed weight's fetch and its use, by format; measured on Zen 4, where each
+// of them reads at the memory's speed with one row.
+constexpr long FETCH_AHEAD[] = {1024, 1024, 512, 4096};
 
 template <class Act, class Loader>
 void multiply_as(const Matrix& m, long panel, long next_panel, long rows, const Act* x,
@@ -411,7 +416,7 @@ void multiply_as(const Matrix& m, long panel, long next_panel, long rows, const 
   constexpr long STEP = Kernel<Act>::STEP;
   constexpr bool plain = std::is_base_of<LoadWork<Loader>, Loader>::value;
   constexpr bool can_be_direct = Kernel<Act>::VECTORS == 4 || !Loader::GROUPED;
-  const bool direct = plain || (can_be_direct && rows <= DIRECT_ROWS);
+  const bool direct = plain || (can_be_direct && rows <= DIRECT_ROWS<Act>);
   const Loader loader;
   const Converted<Loader> converted;
   const long inputs = m.padded_inputs(), per_input = step_bytes(m.format, 1);
@@ -419,12 +424,11 @@ void multiply_as(const Matrix& m, long panel, long next_panel, long rows, const 
   Strip strip;
   strip.w = m.panels + panel * m.panel_bytes();
   strip.stride = per_input * STEP;
-  // One tile only streams: shorter stretches, so that weights are fetched just ahead of their use.
-  const long length = rows > Kernel<Act>::ROWS || !direct
-                          ? STRETCH
-                          : std::min(STRETCH, round_up(FETCH_AHEAD / per_input, GROUP));
-  for (long k = 0; k < inputs; k += length) {
-    const long count = std::min(length, inputs - k);
+  // One tile only streams: it fetches weights just ahead of itself. More than one fetch the next
+  // stretch together, while they work on this one in L1.
+  const bool streams = direct && rows <= Kernel<Act>::ROWS;
+  for (long k = 0; k < inputs; k += STRETCH) {
+    const long count = std::min(STRETCH, inputs - k);
     strip.steps = count / STEP;
     long bytes = count * per_input;
     if (Loader::GROUPED) {
@@ -436,6 +440,7 @@ void multiply_as(const Matrix& m, long panel, long next_panel, long rows, const 
       bytes += strip.groups * GROUP_SCALE_BYTES;
     }
     const uint8_t* next = k + count < inputs ? strip.w + bytes : next_start;
+    if (streams) next = strip.w + FETCH_AHEAD[m.format];
     if constexpr (can_be_direct) {
       if (direct)
         stretch(loader, rows, x + k, x_stride, strip, scratch.sums, k == 0, next, bytes);
@@ -447,6 +452,9 @@ void multiply_as(const Matrix& m, long panel, long next_panel, long rows, const 
     }
     strip.w += bytes;
   }
+  if (streams)
+    for (long at = 0; at < FETCH_AHEAD[m.format]; at += 64)
+      __builtin_prefetch(next_start + at, 0, 2);
   if (m.format == INT8)
     for (long r = 0; r < rows; r++)
       for (int v = 0; v < 4; v++) {
