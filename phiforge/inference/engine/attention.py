@@ -37,8 +37,8 @@ class Group:
 
     `tokens_bt`: which tokens of the pass they are, padding repeats a row's first (None: all tokens
     of the pass, one per row). `real`: places in b x t that are no padding, row after row, and
-    `owners` the tokens there. `blocks`: the rows' tables, flat [b j]. `hidden_bts`: slots a query
-    must not see.
+    `owners` the tokens there. `blocks`: the rows' tables, once for each kv head, as places among
+    all heads' blocks, [k b j]. `hidden_bts`: slots a query must not see.
     """
 
     tokens_bt: Tensor | None
@@ -67,19 +67,22 @@ class Cached:
 
 def _gather(cache: Tensor, blocks: Tensor, b: int) -> Tensor:
     k, _, e = cache.shape
-    found = cache.view(k, -1, BLOCK * e).index_select(1, blocks)
-    return found.view(k, b, -1, e)
+    # one index over heads and blocks: torch copies whole blocks then, else single numbers
+    return cache.view(-1, BLOCK * e).index_select(0, blocks).view(k, b, -1, e)
 
 
-def make_groups(batch: Pass, config: PhiConfig, device: torch.device) -> list[Group]:
-    """Groups of pieces of like length and reach, each within the bound on scores."""
+def make_groups(
+    batch: Pass, config: PhiConfig, num_blocks: int, device: torch.device
+) -> list[Group]:
+    """Groups of pieces of like length and reach, each within the bound on scores; `num_blocks` of
+    the whole cache."""
     counts_b = np.diff(batch.row_starts)
     ends_b = batch.positions_n[batch.row_starts[1:] - 1]
     reach = int(ends_b.max()) // BLOCK + 1
     if counts_b.max() == 1 and len(ends_b) * config.num_heads * reach * BLOCK <= _SCORES:
         tables = torch.from_numpy(batch.tables_bj[:, :reach].astype(np.int64)).to(device)
         positions = torch.from_numpy(batch.positions_n.astype(np.int64)).to(device)
-        return [decode_group(tables, positions, config)]
+        return [decode_group(tables, positions, config, num_blocks)]
     sorted_pieces: dict[tuple[int, int], list[tuple[int, int, int]]] = defaultdict(list)
     for row, first, count in _pieces(batch, config):
         last = int(batch.positions_n[first + count - 1])
@@ -88,7 +91,7 @@ def make_groups(batch: Pass, config: PhiConfig, device: torch.device) -> list[Gr
     groups = []
     for pieces in sorted_pieces.values():
         for part in _within_bound(pieces, batch, config):
-            groups.append(_group(part, batch, config, device))
+            groups.append(_group(part, batch, config, num_blocks, device))
     return groups
 
 
@@ -114,7 +117,11 @@ def _within_bound(
 
 
 def _group(
-    pieces: list[tuple[int, int, int]], batch: Pass, config: PhiConfig, device: torch.device
+    pieces: list[tuple[int, int, int]],
+    batch: Pass,
+    config: PhiConfig,
+    num_blocks: int,
+    device: torch.device,
 ) -> Group:
     rows, firsts, counts = (np.array(column) for column in zip(*pieces, strict=True))
     columns_t = np.arange(counts.max())
@@ -130,15 +137,22 @@ def _group(
         tokens_bt=put(tokens_bt),
         real=put(np.flatnonzero(is_real_bt)),
         owners=put(tokens_bt[is_real_bt]),
-        blocks=put(batch.tables_bj[rows, :reach].ravel()),
+        blocks=_all_heads(put(batch.tables_bj[rows, :reach]), config, num_blocks),
         hidden_bts=_hidden(put(positions_bt), reach * BLOCK, config),
     )
 
 
-def decode_group(tables_bj: Tensor, positions_b: Tensor, config: PhiConfig) -> Group:
+def decode_group(
+    tables_bj: Tensor, positions_b: Tensor, config: PhiConfig, num_blocks: int
+) -> Group:
     """All rows of a pass that has one token for each."""
     hidden = _hidden(positions_b[:, None], tables_bj.shape[1] * BLOCK, config)
-    return Group(None, None, None, tables_bj.flatten(), hidden)
+    return Group(None, None, None, _all_heads(tables_bj, config, num_blocks), hidden)
+
+
+def _all_heads(tables_bj: Tensor, config: PhiConfig, num_blocks: int) -> Tensor:
+    heads_k = torch.arange(config.num_kv_heads, device=tables_bj.device)
+    return (heads_k[:, None] * num_blocks + tables_bj.flatten()).flatten()
 
 
 def _hidden(positions_bt: Tensor, s: int, config: PhiConfig) -> Tensor:

@@ -94,7 +94,7 @@ class TorchRunner:
         places_n = batch.tables_bj[rows_n, batch.positions_n // BLOCK].astype(np.int64)
         slots_n = self._put(places_n * BLOCK + batch.positions_n % BLOCK)
         self._grow_rope(int(batch.positions_n.max()) + 1)
-        groups = make_groups(batch, self.config, self.device)
+        groups = make_groups(batch, self.config, self.num_blocks + 1, self.device)
         ids_n, positions_n = self._put(batch.token_ids_n), self._put(batch.positions_n)
         return self._run(ids_n, positions_n, slots_n, groups)
 
@@ -117,7 +117,7 @@ class TorchRunner:
         """One token of each row, all on the device: what a graph captures."""
         blocks_n1 = tables_nj.gather(1, (positions_n // BLOCK)[:, None])
         slots_n = blocks_n1[:, 0] * BLOCK + positions_n % BLOCK
-        group = decode_group(tables_nj, positions_n, self.config)
+        group = decode_group(tables_nj, positions_n, self.config, self.num_blocks + 1)
         return self._run(ids_n, positions_n, slots_n, [group])
 
     def _run(
