@@ -104,7 +104,7 @@ def plain_generate(
             if allowed is not None:
                 masked[0, torch.from_numpy(~allowed)] = -math.inf
             u = uniforms(key, step // BLOCK_STEPS)[step % BLOCK_STEPS : step % BLOCK_STEPS + 1]
-            ids_b, finite_b = draw(masked, Laws.of(sampling, 1), u)
+            ids_b, finite_b = getattr(runner, "draw", draw)(masked, Laws.of(sampling, 1), u)
             assert finite_b.all()
         row.append(int(ids_b[0]))
         logprobs.append(float(token_logprobs(logits_bv, ids_b)[0]))

@@ -190,6 +190,23 @@ def test_two_threads_iterate_two_streams():
     assert found == expected
 
 
+def test_a_stream_is_not_starved_by_a_call_of_another_thread():
+    mine = make_engine()
+    stream = mine.submit(Request(prompt="abc", max_tokens=30))
+    expected = len(mine.generate(["abc"], max_tokens=30)[0][0].token_ids)
+    progress = []
+    call = threading.Thread(
+        target=mine.generate,
+        args=([[token] for token in range(2, 250)],),
+        kwargs={"max_tokens": 40, "n": 4, "progress": progress.append},
+    )
+    call.start()
+    assert len(list(stream)) == expected
+    assert call.is_alive()
+    call.join()
+    assert sum(progress) == 4 * 248
+
+
 def test_cancelled_requests_give_their_blocks_back():
     mine = make_engine()
     streams = [mine.submit(Request(prompt=PATH[:60], index=i, max_tokens=90)) for i in range(5)]
@@ -271,3 +288,21 @@ def test_which_kernels_run_is_printed_once(capfd):
     for _ in range(2):
         make_engine("torch").generate(["a"], max_tokens=1)
     assert capfd.readouterr().err == "engine: torch fp32 (kernels='torch')\n"
+
+
+@pytest.mark.parametrize("weights", [None, "int4"])
+def test_a_folder_is_the_model_it_was_saved_from(weights, tmp_path):
+    from phiforge.model.huggingface import load, save
+    from phiforge.model.phi import Phi
+    from phiforge.model.tokenizer import train_tokenizer
+
+    tokenizer = train_tokenizer(["a few words to train a tokenizer on"] * 3, vocab_size=300)
+    config = make_model().config.replace(vocab_size=tokenizer.vocab_size)
+    save(Phi(config).initialize(torch.Generator().manual_seed(0)), tokenizer, tmp_path / "m")
+    model, tokenizer = load(tmp_path / "m", dtype="bfloat16", device="cpu")
+    settings = {"n": 2, "max_tokens": 8, "logprobs": True}
+    whole = Engine(model, tokenizer, weights=weights).generate(["a few"], **settings)
+    folder = Engine.from_folder(tmp_path / "m", weights=weights)
+    assert folder.generate(["a few"], **settings) == whole
+    assert folder.context == 192
+    assert (weights or "bf16") in folder.name

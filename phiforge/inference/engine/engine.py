@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import sys
-import threading
 import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -23,6 +22,7 @@ from phiforge.inference.engine.runner import BLOCK, Kernels, Mode, Runner, make_
 from phiforge.inference.engine.sample import prompt_digest, stream_key
 from phiforge.inference.engine.scheduler import Scheduler
 from phiforge.inference.engine.stream import Stream
+from phiforge.inference.engine.turns import Turns
 from phiforge.inference.engine.weights import Weights, from_model, stamp
 from phiforge.inference.interface import (
     Completion,
@@ -120,7 +120,7 @@ class Engine:
         self.kernels: Kernels = kernels
         self.weights: Format | None = weights
         self.max_cache_tokens = max_cache_tokens
-        self.lock = threading.RLock()
+        self.lock = Turns()
         self._scheduler: Scheduler | None = None
         self._stamp: tuple[object, ...] | None = None
         self._num_requests = 0
@@ -300,8 +300,9 @@ class Engine:
                 self._fresh().submit(answers)
             call.collect(progress)
             while call.is_open:
-                self.step()
+                active = self.step()
                 call.collect(progress)
+                assert active or not call.is_open, "nothing is under way, but answers are missing"
         finally:
             if call.is_open:
                 self.cancel(answers)

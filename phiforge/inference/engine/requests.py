@@ -127,6 +127,7 @@ class Call:
     def __init__(self, bounds: Bounds, number: int) -> None:
         self._bounds, self._number = bounds, number
         self._answers: dict[object, Answer] = {}
+        self._rows: list[TokenIds] = []  # for each answer, the tokens it begins with
         self._asked: list[list[Answer]] = []  # for each prompt, its samples
         self._times: dict[int, int] = {}  # how many of the caller's samples an answer is
         self._done: list[Answer] = []
@@ -148,6 +149,7 @@ class Call:
     ) -> None:
         """One more prompt and its samples; greedy ones are all the same."""
         number, digest = len(self._asked), prompt_digest(seed, prompt)
+        row = prompt + tuple(forced)
         samples: list[Answer] = []
         for index in indices:
             greedy = sampling.temperature == 0.0
@@ -162,6 +164,7 @@ class Call:
                     forced,
                     mask,
                 )
+                self._rows.append(row)
             samples.append(self._count(self._answers[key]))
         self._asked.append(samples)
 
@@ -173,17 +176,17 @@ class Call:
             self._asked.append([])
             return
         self._answers[number] = answer
+        self._rows.append(prompt + tuple(answer.tokens))
         self._asked.append([self._count(answer)])
 
     def begin(self) -> list[Answer]:
         """The answers for the scheduler; those that need nothing computed are done at once."""
         for answer in self._answers.values():
             answer.on_done = self._done.append
-        ordered = sorted(
-            self._answers.values(),
-            key=lambda answer: (*answer.prompt_ids.tolist(), *answer.tokens),
-            reverse=True,
-        )
+        families: dict[TokenIds, list[Answer]] = {}
+        for answer, row in zip(self._answers.values(), self._rows, strict=True):
+            families.setdefault(row, []).append(answer)
+        ordered = [answer for row in sorted(families, reverse=True) for answer in families[row]]
         for place, answer in enumerate(ordered):
             answer.order = (1, self._number, place)
             if answer.closed and not answer.owes_logprobs:

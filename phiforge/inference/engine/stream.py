@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from threading import RLock
 from typing import Protocol
 
 from phiforge.inference.engine.answer import Answer, to_completion
+from phiforge.inference.engine.turns import Turns
 from phiforge.inference.interface import Completion, PromptTokenizer, TopLogprobs
 
 
@@ -30,7 +30,7 @@ class Driver(Protocol):
     """What a stream needs of the engine."""
 
     @property
-    def lock(self) -> RLock: ...  # pyright: ignore[reportInvalidTypeForm]
+    def lock(self) -> Turns: ...
     def step(self) -> bool: ...
     def cancel(self, answers: Iterable[Answer]) -> None: ...
 
@@ -56,7 +56,8 @@ class Stream:
                     raise self._answer.error
                 if self._answer.done:
                     raise StopIteration
-                self._driver.step()
+                active = self._driver.step()
+                assert active or self.done, "nothing is under way, but the stream is not done"
 
     def take(self) -> list[Token]:
         """The tokens that are there and were not handed out yet, without driving the engine."""
