@@ -296,7 +296,7 @@ def test_a_folder_is_the_model_it_was_saved_from(weights, tmp_path):
     from phiforge.model.phi import Phi
     from phiforge.model.tokenizer import train_tokenizer
 
-    tokenizer = train_tokenizer(["a few words to train a tokenizer on"] * 3, vocab_size=300)
+    tokenizer = train_tokenizer(["a few words to train a tokenizer on"] * 3, vocab_size=400)
     config = make_model().config.replace(vocab_size=tokenizer.vocab_size)
     save(Phi(config).initialize(torch.Generator().manual_seed(0)), tokenizer, tmp_path / "m")
     model, tokenizer = load(tmp_path / "m", dtype="bfloat16", device="cpu")
