@@ -55,8 +55,10 @@ struct HeadBlock {
     for (long i = 0; i < e * STEP; i += 64 / sizeof(Kv)) __builtin_prefetch(row + i, 1, 3);
   }
 
-  // Key and value of one token, both of e floats (what pads a head is zero).
-  void write(long slot, const float* key, const float* value) const {
+  // Key and value of one token, both of e floats (what pads a head is zero). `last`: no later token
+  // of the row is written now; the place paired with this one is then cleared, for reading
+  // multiplies it by zero, and what another row left there might not be finite.
+  void write(long slot, const float* key, const float* value, bool last) const {
     Kv* column = keys + slot * STEP;
     Kv* row = values() + slot / STEP * e * STEP + slot % STEP;
     for (long i = 0; i < e; i += LANES) {
@@ -64,20 +66,21 @@ struct HeadBlock {
       phi::write(key_part, load(key + i));
       for (long j = 0; j < LANES; j += STEP)
         std::memcpy(column + (i + j) / STEP * BLOCK * STEP, key_part + j, STEP * sizeof(Kv));
-      write_value(row + i * STEP, load(value + i));
+      write_value(row + i * STEP, load(value + i), last && slot % STEP == 0);
     }
   }
 
  private:
-  // Every other number only: the token beside this one may be another thread's.
-  static PHI_INLINE void write_value(Kv* to, f32x16 value) {
+  // Every other number only, if not told to clear: the token beside this one may be another
+  // thread's.
+  static PHI_INLINE void write_value(Kv* to, f32x16 value, bool clear) {
     if constexpr (STEP == 1) phi::write(to, value);
 #ifdef PHI_DOT_PAIRS
     if constexpr (STEP == 2) {
       u16x16 narrow;
       phi::write((uint16_t*)&narrow, value);
       const u32x16 spread = __builtin_convertvector(narrow, u32x16);
-      _mm512_mask_storeu_epi16(to, 0x55555555u, (__m512i)spread);
+      _mm512_mask_storeu_epi16(to, clear ? 0xffffffffu : 0x55555555u, (__m512i)spread);
     }
 #endif
   }

@@ -6,7 +6,7 @@
 // softmax and SwiGLU are fp32; matrices take activations in bf16 (fp32 for fp32 weights and where
 // the machine has no bf16 products).
 //
-// compile with: -ffp-contract=off (fused multiply-adds are spelled out: see fma in common.h)
+// compile with: -ffp-contract=off -fvisibility=hidden (multiply-adds are spelled out: common.h)
 
 #include "attention.h"
 #include "common.h"
@@ -233,7 +233,8 @@ class Decoder {
       rope(key, e, model().rotary_half, cos(position), sin(position), turned);
       float* value = own.attention.value.get();
       std::copy_n(key + model().num_kv_heads * e, e, value);
-      block(row, position / BLOCK, layer, head).write(position % BLOCK, turned, value);
+      block(row, position / BLOCK, layer, head)
+          .write(position % BLOCK, turned, value, token + 1 == pass.row_starts[row + 1]);
     }
 
     void write_prompt_token(long layer, long item) {
@@ -379,6 +380,24 @@ PHI_EXPORT int phiforge_decoder_logits(void* handle, const void* x, int64_t rows
       decoder.half->logits((const uint16_t*)x, rows, out, (int)threads);
     else
       decoder.full->logits((const float*)x, rows, out, (int)threads);
+  });
+}
+
+// One token id per row of logits; finite[row] 0 says that the row is damaged.
+PHI_EXPORT int phiforge_draw(const float* logits, int64_t rows, int64_t vocab,
+                             const double* temperatures, const double* min_ps,
+                             const double* uniforms, int64_t* ids, uint8_t* finite,
+                             int64_t threads) {
+  return guarded([&] {
+    const long blocks = ceil_div(vocab, TOKEN_BLOCK);
+    std::vector<Counter> counters(1);
+    std::vector<double> ends(rows * blocks);
+    in_parallel((int)threads, counters, [&](Team& team, int) {
+      team.each(rows, [&](long r) {
+        finite[r] = draw(logits + r * vocab, vocab, temperatures[r], min_ps[r], uniforms[r],
+                         ends.data() + r * blocks, ids + r);
+      });
+    });
   });
 }
 

@@ -25,83 +25,99 @@ constexpr long HALF_STEP = 2;
 #else
 constexpr long HALF_STEP = 1;
 #endif
-PHI_INLINE long format_step(int64_t format) { return format == FP32 ? 1 : HALF_STEP; }
 
-// fp32, bf16: [step][64 outputs][inputs of the step].
-template <class T>
-void pack_plain(const AtRest& from, const int32_t* rows, long first, long inputs, T* out) {
-  const long step = format_step(from.format);
-  for (long k = first; k < first + inputs; k += step)
+// 32 inputs of the panel's 64 rows at rest: whole cache lines are read, and none of them twice,
+// though rows may lie a power of two apart.
+struct Group {
+  static constexpr long STRIDE = GROUP * 4;
+  alignas(64) uint8_t bytes[PANEL * STRIDE];
+
+  void gather(const AtRest& from, const int32_t* rows, long group) {
+    const long per_row = from.row_bytes(), size = from.format == INT4 ? GROUP / 2
+                                                  : from.format == INT8 ? GROUP
+                                                  : from.format == BF16 ? GROUP * 2
+                                                                        : GROUP * 4;
+    const long first = group * size, count = std::min(size, per_row - first);
     for (long o = 0; o < PANEL; o++) {
-      const T* row = (const T*)(from.data + rows[o] * from.row_bytes());
-      for (long i = 0; i < step; i++)
-        *out++ = rows[o] >= 0 && k + i < from.num_inputs ? row[k + i] : T(0);
+      uint8_t* to = bytes + o * STRIDE;
+      std::memset(to, from.format == INT4 ? 0x88 : 0, size);  // zeros
+      if (rows[o] >= 0) std::memcpy(to, from.data + rows[o] * per_row + first, count);
     }
+  }
+  template <class T>
+  PHI_INLINE T at(long output, long input) const {
+    return load_as<T>(bytes + output * STRIDE + input * sizeof(T));
+  }
+  PHI_INLINE int nibble(long output, long input) const {
+    return bytes[output * STRIDE + input / 2] >> (input % 2 * 4) & 15;
+  }
+};
+
+// fp32, bf16 (and int8 where inputs come singly): [step][64 outputs][inputs of the step].
+template <class T>
+T* pack_plain(const Group& group, long step, T* out) {
+  for (long k = 0; k < GROUP; k += step)
+    for (long o = 0; o < PANEL; o++)
+      for (long i = 0; i < step; i++) *out++ = group.at<T>(o, k + i);
+  return out;
 }
 
+// int8: sign and magnitude, in the order in which two byte lookups interleave to pairs of inputs.
+inline uint8_t* pack_int8(const Group& group, uint8_t* out) {
 #ifdef PHI_DOT_PAIRS
-// Sign and magnitude, in the order in which two byte lookups interleave to pairs of inputs.
-inline void pack_int8(const AtRest& from, const int32_t* rows, long first, long inputs,
-                      uint8_t* out) {
-  for (long k = first; k < first + inputs; k += 2)
-    for (long half = 0; half < 2; half++, out += 64)
-      for (long byte = 0; byte < 64; byte++) {
-        long word = byte / 16 * 8 + byte % 8, vector = 2 * half + byte % 16 / 8;
-        long o = vector * LANES + word / 2, input = k + word % 2;
-        int q = 0;
-        if (rows[o] >= 0 && input < from.num_inputs)
-          q = ((const int8_t*)from.data)[rows[o] * from.row_bytes() + input];
-        out[byte] = (uint8_t)(q < 0 ? 0x80 | -q : q);
-      }
-}
+  for (long k = 0; k < GROUP; k += 2)
+    for (long half = 0; half < 2; half++)
+      for (long lane = 0; lane < 4; lane++)
+        for (long part = 0; part < 2; part++)
+          for (long i = 0; i < 8; i++) {
+            const long output = (2 * half + part) * LANES + lane * 4 + i / 2;
+            const int q = group.at<int8_t>(output, k + i % 2), sign = q >> 31;
+            *out++ = (uint8_t)(((q ^ sign) - sign) | (sign & 0x80));
+          }
+  return out;
 #else
-inline void pack_int8(const AtRest& from, const int32_t* rows, long first, long inputs,
-                      uint8_t* out) {
-  pack_plain(from, rows, first, inputs, out);
-}
+  return pack_plain<uint8_t>(group, 1, out);
 #endif
-
-PHI_INLINE int nibble(const AtRest& from, int32_t row, long input) {
-  if (row < 0) return 8;  // zero
-  return from.data[row * from.row_bytes() + input / 2] >> (input % 2 * 4) & 15;
 }
 
-// One group of 32 inputs, then its 64 scales.
-inline void pack_int4_group(const AtRest& from, const int32_t* rows, long group, uint8_t* out) {
+// int4: words of four vectors' nibbles, or bytes of two outputs'; then the group's 64 scales.
+inline uint8_t* pack_int4(const Group& group, const uint16_t* scales, uint8_t* out) {
 #ifdef PHI_DOT_PAIRS
-  for (long k = group * GROUP; k < (group + 1) * GROUP; k += 2, out += 64)
-    for (long word = 0; word < 32; word++) {
+  for (long k = 0; k < GROUP; k += 2)
+    for (long word = 0; word < 32; word++, out += 2) {
       int bits = 0;
       for (long v = 0; v < 4; v++)
-        bits |= nibble(from, rows[v * LANES + word / 2], k + word % 2) << (4 * v);
-      store_as(out + 2 * word, (uint16_t)bits);
+        bits |= group.nibble(v * LANES + word / 2, k + word % 2) << (4 * v);
+      store_as(out, (uint16_t)bits);
     }
 #else
-  for (long k = group * GROUP; k < (group + 1) * GROUP; k++, out += 32)
+  for (long k = 0; k < GROUP; k++)
     for (long o = 0; o < 32; o++)
-      out[o] = (uint8_t)(nibble(from, rows[o], k) | nibble(from, rows[o + 32], k) << 4);
+      *out++ = (uint8_t)(group.nibble(o, k) | group.nibble(o + 32, k) << 4);
 #endif
-  const long groups = ceil_div(from.num_inputs, GROUP);
-  for (long o = 0; o < PANEL; o++) {
-    uint16_t scale = rows[o] < 0 ? 0 : ((const uint16_t*)from.scale)[rows[o] * groups + group];
-    store_as(out + 2 * o, scale);
-  }
+  std::memcpy(out, scales, GROUP_SCALE_BYTES);
+  return out + GROUP_SCALE_BYTES;
 }
 
-// One panel: `rows` names the row at rest of each of its 64 outputs.
+// One panel: `rows` names the row at rest of each of its 64 outputs, -1 for zeros.
 inline void pack_panel(const AtRest& from, const int32_t* rows, uint8_t* out, float* scales) {
-  const long inputs = round_up(from.num_inputs, GROUP);
-  const long group_bytes = step_bytes(from.format, GROUP) + GROUP_SCALE_BYTES;
-  if (from.format == FP32) pack_plain(from, rows, 0, inputs, (float*)out);
-  if (from.format == BF16) pack_plain(from, rows, 0, inputs, (uint16_t*)out);
-  if (from.format == INT8) {
-    pack_int8(from, rows, 0, inputs, out);
+  const long groups = ceil_div(from.num_inputs, GROUP);
+  Group group;
+  uint16_t group_scales[PANEL];
+  for (long g = 0; g < groups; g++) {
+    group.gather(from, rows, g);
+    if (from.format == FP32) out = (uint8_t*)pack_plain(group, 1, (float*)out);
+    if (from.format == BF16) out = (uint8_t*)pack_plain(group, HALF_STEP, (uint16_t*)out);
+    if (from.format == INT8) out = pack_int8(group, out);
+    if (from.format != INT4) continue;
+    const uint16_t* all = (const uint16_t*)from.scale;
+    for (long o = 0; o < PANEL; o++)
+      group_scales[o] = rows[o] < 0 ? 0 : all[rows[o] * groups + g];
+    out = pack_int4(group, group_scales, out);
+  }
+  if (from.format == INT8)
     for (long o = 0; o < PANEL; o++)
       scales[o] = rows[o] < 0 ? 0.0f : ((const float*)from.scale)[rows[o]];
-  }
-  if (from.format == INT4)
-    for (long group = 0; group < inputs / GROUP; group++)
-      pack_int4_group(from, rows, group, out + group * group_bytes);
 }
 
 }  // namespace phi
