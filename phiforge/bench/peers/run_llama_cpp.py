@@ -33,8 +33,10 @@ class Sampler:
         params.n_batch = self.capacity
         params.n_threads = params.n_threads_batch = settings["threads"]
         params.no_perf = True
-        if settings["dtype"] == "f32":  # its default cache is f16, which would round
+        if settings["dtype"] == "f32":
+            # Its default cache is f16, and its flash attention rounds too; in fp32 tokens must match.
             params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+            params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = llama_cpp.llama_init_from_model(self.model, params)
         if not self.context:
             raise RuntimeError("llama.cpp cannot make a context; its log says why")
