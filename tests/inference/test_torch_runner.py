@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from plain_loop import CONFIG, Letters, make_model, plain_hidden
 
-from phiforge.inference.engine import Engine, attention, products
+from phiforge.inference.engine import Engine, attention, graphs, products
 from phiforge.inference.engine.forward import TorchRunner
 from phiforge.inference.engine.graphs import _padded
 from phiforge.inference.engine.runner import Pass
@@ -109,3 +109,41 @@ def test_torchs_own_attention_says_the_same():
     fused = attention._fused(q_bthe, cached, group, False)
     spelled = attention._spelled_out(q_bthe, cached, group, True)
     torch.testing.assert_close(fused, spelled, atol=1e-5, rtol=1e-5)
+
+
+class _Replay:
+    """In place of a CUDA graph: runs the same pass over the same fixed tensors."""
+
+    def __init__(self, decode, *tensors):
+        self._decode, self._tensors = decode, tensors
+        self.x = decode(*tensors)
+
+    def replay(self):
+        self.x.copy_(self._decode(*self._tensors))
+
+
+def test_engine_over_graphs_and_torchs_attention_says_the_same(monkeypatch):
+    """The passes of a CUDA device, run on this CPU with the capture replaced."""
+
+    def capture(self, shape, padding_block, device):
+        tensors = [torch.zeros(shape[0], dtype=torch.int64) for _ in range(2)]
+        tensors.append(torch.full(shape, padding_block))
+        graph = _Replay(self._decode, *tensors)
+        return graphs._Captured(graph, *tensors, graph.x)
+
+    model = make_model()
+    prompts = [tuple(range(30, 100)), (5,), (6, 7)]
+    settings = {"n": 5, "max_tokens": 60}
+    expected = Engine(model, Letters(), kernels="torch", mode="fast").generate(prompts, **settings)
+    monkeypatch.setattr(graphs.DecodeGraphs, "_capture", capture)
+    monkeypatch.setattr(attention, "_spelled_out", attention._fused)
+    mine = Engine(model, Letters(), kernels="torch", mode="fast")
+    mine.generate([(9,)], max_tokens=1)
+    made = mine._scheduler.runner
+    made._graphs = graphs.DecodeGraphs(made._decode)
+    found = mine.generate(prompts, **settings)
+    pairs = [
+        (a, b) for x, y in zip(expected, found, strict=True) for a, b in zip(x, y, strict=True)
+    ]
+    assert sum(a.token_ids == b.token_ids for a, b in pairs) > 12  # a rounding may turn a draw
+    assert made._graphs._captured

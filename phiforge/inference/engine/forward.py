@@ -48,9 +48,10 @@ class TorchRunner:
     """Weights, a cache and torch's kernels; see `runner.Runner`."""
 
     def __init__(self, weights: Weights, exact: bool) -> None:
-        self.config, self.mode_is_exact = weights.config, exact
+        self.config = weights.config
         self.context = weights.config.max_position_embeddings
         self.dtype, self.device = weights.dtype, weights.embedding.device
+        self.mode_is_exact = exact and self.device.type == "cpu"  # measured on CPU kernels only
         self.name = f"torch {describe(weights.format, self.device)}"
         if self.device.type != "cpu":
             self.name += f" on {self.device}"
