@@ -96,12 +96,12 @@ class Buffers:
 
 @dataclass(frozen=True)
 class Pass:
-    """The tokens of one pass: ids, where runs start [m + 1], RoPE tables [n, r]."""
+    """The tokens of one pass: ids, where runs start [m + 1], RoPE tables and their rows."""
 
     token_ids_n: Tensor
     starts_m: Tensor
-    cos_nr: Tensor
-    sin_nr: Tensor
+    tables_pr: tuple[Tensor, Tensor]
+    positions_n: Tensor
 
 
 class FusedDecoder:
@@ -135,6 +135,7 @@ class FusedDecoder:
         self.scratch = torch.empty(max(m.gradient.numel() for m in self.matrices), dtype=dtype)
         self.holds_gradients = False
         self.free: list[Buffers] = []
+        self.tables: dict[tuple[int, int], tuple[Tensor, Tensor]] = {}
         self.refresh()
 
     def refresh(self) -> None:
@@ -169,7 +170,7 @@ class FusedDecoder:
         """As `Phi.hidden`; masks, caches and documents in pieces take the plain layers."""
         starts_m = None
         if mask_bts is None and cache is None:
-            starts_m = run_starts(token_ids_bt, documents_bt)
+            starts_m = self._run_starts(token_ids_bt, documents_bt)
         if starts_m is None:
             return Phi.hidden(
                 self.model,
@@ -181,13 +182,41 @@ class FusedDecoder:
             )
         self.model.check(token_ids_bt, positions_bt, documents_bt, mask_bts, cache)
         shape = (*token_ids_bt.shape, -1)
-        cos, sin = (
-            table.expand(*shape[:2], 1, -1).reshape(token_ids_bt.numel(), -1)
-            for table in self.model.rope(token_ids_bt, positions_bt)
-        )
-        tokens = Pass(token_ids_bt.reshape(-1), starts_m, cos, sin)
+        tables, positions_n = self._angles(token_ids_bt, positions_bt)
+        tokens = Pass(token_ids_bt.reshape(-1), starts_m, tables, positions_n)
         x_nd: Tensor = _Decode.apply(self.model.embedding.weight, self, tokens)  # type: ignore
         return x_nd.view(shape)
+
+    def _run_starts(self, token_ids_bt: Tensor, documents_bt: Tensor | None) -> Tensor | None:
+        """Where the runs of tokens that attend to each other begin, and the end; None: no runs."""
+        if documents_bt is None:
+            return torch.arange(0, token_ids_bt.numel() + 1, token_ids_bt.shape[1])
+        return self.kernels.find_runs(documents_bt.to(torch.int32).contiguous())
+
+    def _angles(
+        self, token_ids_bt: Tensor, positions_bt: Tensor | None
+    ) -> tuple[tuple[Tensor, Tensor], Tensor]:
+        """RoPE tables [p, r] and each token's row in them.
+
+        One table of all positions serves until the model's frequencies change; positions beyond the
+        model's maximum get a row for each token.
+        """
+        num_rows, length = token_ids_bt.shape
+        limit = max(self.model.config.max_position_embeddings, length)
+        if positions_bt is None:
+            positions_n = torch.arange(length).repeat(num_rows)
+        else:
+            positions_n = positions_bt.expand(num_rows, length).reshape(-1).long()
+            lowest, highest = positions_n.aminmax()
+            if int(lowest) < 0 or int(highest) >= limit:
+                cos, sin = self.model.rope(token_ids_bt, positions_n.view(num_rows, length))
+                tables = cos.flatten(0, 2), sin.flatten(0, 2)
+                return tables, torch.arange(len(positions_n))
+        key = (self.model.max_length, limit)
+        if key not in self.tables:
+            cos, sin = self.model.rope(token_ids_bt, torch.arange(limit)[None])
+            self.tables = {key: (cos.flatten(0, 2), sin.flatten(0, 2))}
+        return self.tables[key], positions_n
 
     def forward(self, tokens: Pass, buffers: Buffers) -> Tensor:
         """The final norm's output [n, d]; `buffers` keep what `backward` needs."""
@@ -199,7 +228,7 @@ class FusedDecoder:
         out = torch.empty_like(normed)
         for i, (w, s) in enumerate(zip(weights, states, strict=True)):
             torch.mm(normed, w.qkv.weight.t(), out=s.qkv_nd)
-            kernels.rope(s.qkv_nd, tokens.cos_nr, tokens.sin_nr, self.heads)
+            kernels.rope(s.qkv_nd, tokens.tables_pr, tokens.positions_n, self.heads)
             kernels.attention(s.qkv_nd, tokens.starts_m, self.heads, s.attended_nd, s.log_sum_nh)
             torch.mm(s.attended_nd, w.output.weight.t(), out=delta)
             add = (s.x_nd, delta)
@@ -218,7 +247,7 @@ class FusedDecoder:
 
     def backward(self, tokens: Pass, buffers: Buffers, d_out_nd: Tensor) -> None:
         """Adds every parameter's gradient to its .grad; what `buffers` hold is used up."""
-        kernels, rope = self.kernels, (tokens.cos_nr, tokens.sin_nr)
+        kernels, rope = self.kernels, (tokens.tables_pr, tokens.positions_n)
         normed, d_normed, wide = buffers.normed_nd, buffers.delta_nd, buffers.wide_nf
         d_heads, d_x = buffers.heads_nd, torch.empty_like(normed)
         last = (buffers.last_nd, self.model.norm.weight, buffers.last_scale_n)
@@ -325,22 +354,6 @@ def fused(model: Phi, kernels: Kernels) -> Iterator[FusedDecoder]:
         model.kernels = None
         for parameter in model.parameters():
             parameter.grad = None
-
-
-def run_starts(token_ids_bt: Tensor, documents_bt: Tensor | None) -> Tensor | None:
-    """Where each run of tokens of one document begins, and the end: int64 [m + 1].
-
-    None when a document of a row lies in several pieces: its runs would have to see each other.
-    """
-    num_rows, length = token_ids_bt.shape
-    if documents_bt is None:
-        return torch.arange(0, num_rows * length + 1, length)
-    rows_b1 = torch.arange(num_rows)[:, None] << 32
-    keys_n = (documents_bt.long() + rows_b1).flatten()
-    changes = (keys_n[1:] != keys_n[:-1]).nonzero()[:, 0] + 1
-    if len(keys_n.unique()) != len(changes) + 1:
-        return None
-    return torch.cat([changes.new_zeros(1), changes, changes.new_tensor([len(keys_n)])])
 
 
 def _gradient(parameter: Tensor) -> Tensor:

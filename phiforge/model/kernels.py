@@ -23,7 +23,7 @@ _P, _I, _F = c_void_p, c_int64, c_float
 _TYPES: dict[str, tuple[type, ...]] = {
     "norm": (_P, _P, _P, _P, _P, _P, _I, _I, _F),
     "norm_backward": (_P, _P, _P, _P, _P, _P, _P, _P, _I, _I),
-    "rope": (_P, _P, _P, _I, _I, _I, _I, _I, _F),
+    "rope": (_P, _P, _P, _P, _I, _I, _I, _I, _I, _F),
     "swiglu": (_P, _P, _I, _I),
     "swiglu_backward": (_P, _P, _P, _P, _I, _I),
     "cross_entropy": (_P, _P, _P, _P, _I, _I, _I),
@@ -93,6 +93,8 @@ class Kernels:
                 call = getattr(library.handle, f"{name}_{suffix}")
                 call.argtypes, call.restype = types, None
                 self._calls[name, dtype] = call
+        self._find_runs = library.handle.find_runs
+        self._find_runs.argtypes, self._find_runs.restype = (_P, _I, _I, _P), c_int64
         self._sum_of_squares = library.handle.sum_of_squares
         self._sum_of_squares.argtypes = (_I, _P, _P)
         self._sum_of_squares.restype = c_double
@@ -132,13 +134,21 @@ class Kernels:
         self._calls["norm_backward", x_nd.dtype](*map(_address, tensors), n, d)
 
     def rope(
-        self, qkv_nd: Tensor, cos_nr: Tensor, sin_nr: Tensor, heads: Heads, back: bool = False
+        self,
+        qkv_nd: Tensor,
+        tables_pr: tuple[Tensor, Tensor],
+        positions_n: Tensor,
+        heads: Heads,
+        back: bool = False,
     ) -> None:
-        """Turns queries and keys in q | k | v in place; `back` by the opposite angles."""
-        n, r = cos_nr.shape
+        """Turns queries and keys in q | k | v in place; `back` by the opposite angles.
+
+        cos and sin of a token are rows of the tables; positions must lie within them.
+        """
+        n, r = len(qkv_nd), tables_pr[0].shape[1]
         turned = heads.num_heads + heads.num_kv_heads
         self._calls["rope", qkv_nd.dtype](
-            *map(_address, (qkv_nd, cos_nr, sin_nr)),
+            *map(_address, (qkv_nd, *tables_pr, positions_n)),
             *(n, heads.row_size, turned, heads.head_size, r),
             -1.0 if back else 1.0,
         )
@@ -191,9 +201,8 @@ class Kernels:
 
     def embed(self, table_vd: Tensor, token_ids_n: Tensor, out_nd: Tensor) -> None:
         """Rows of an fp32 table, in the dtype of `out`. Raises IndexError for unknown ids."""
-        if len(token_ids_n) and not 0 <= int(token_ids_n.min()) <= int(token_ids_n.max()) < len(
-            table_vd
-        ):
+        lowest, highest = token_ids_n.aminmax()
+        if int(lowest) < 0 or int(highest) >= len(table_vd):
             raise IndexError(
                 f"a token id is outside 0 to {len(table_vd) - 1}, the model's vocabulary"
             )
@@ -209,6 +218,15 @@ class Kernels:
         """into (fp32) = source, or += source."""
         call = self._calls["accumulate", source.dtype]
         call(_address(source), _address(into), source.numel(), int(add))
+
+    def find_runs(self, documents_bt: Tensor) -> Tensor | None:
+        """Where runs of one document begin in rows (int32), and the end: int64 [m + 1].
+
+        None when a document of a row comes back after another: no run would hold all of it.
+        """
+        starts = torch.empty(documents_bt.numel() + 1, dtype=torch.int64)
+        number = self._find_runs(_address(documents_bt), *documents_bt.shape, _address(starts))
+        return None if number < 0 else starts[: number + 1]
 
     def sum_of_squares(self, table: TensorTable) -> float:
         """Over all numbers of fp32 tensors; the same for any number of threads."""

@@ -9,7 +9,7 @@ from test_phi import BASE, VARIANTS, build, tokens
 from torch import Tensor
 
 from phiforge.model import kernels as native
-from phiforge.model.fused import fused, run_starts
+from phiforge.model.fused import fused
 from phiforge.model.kernels import Kernels
 from phiforge.model.phi import Phi, causal_mask
 
@@ -150,13 +150,24 @@ def test_what_kernels_cannot_do_takes_the_plain_layers(kernels: Kernels) -> None
                 model.hidden(torch.tensor([[97]]))
 
 
-def test_run_starts() -> None:
-    ids = torch.zeros(2, 6, dtype=torch.long)
-    assert run_starts(ids, None).tolist() == [0, 6, 12]
-    documents = torch.tensor([[0, 0, 1, 1, 1, -1], [1, 1, 1, 1, 0, -1]], dtype=torch.int32)
-    assert run_starts(ids, documents).tolist() == [0, 2, 5, 6, 10, 11, 12]
-    documents[0, 5] = 0
-    assert run_starts(ids, documents) is None
+def test_positions_anywhere(kernels: Kernels) -> None:
+    model, ids = build(BASE), tokens(2, 9)
+    for offset in (3, 60, 1_000_000):
+        positions = torch.arange(9).expand(2, -1) + offset
+        with torch.no_grad():
+            expected = model.hidden(ids, positions_bt=positions)
+            with fused(model, kernels):
+                found = model.hidden(ids, positions_bt=positions)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_longrope_length_may_change_in_between(kernels: Kernels) -> None:
+    model, ids = build(VARIANTS["longrope"]), tokens(2, 9)
+    with torch.no_grad(), fused(model, kernels):
+        for length in (17, 16):
+            model.set_max_length(length)
+            plain = Phi.hidden(model, ids)
+            torch.testing.assert_close(model.hidden(ids), plain, rtol=1e-5, atol=1e-5)
 
 
 def test_same_bits_twice(kernels: Kernels) -> None:

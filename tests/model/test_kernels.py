@@ -67,12 +67,15 @@ def test_rope(kernels: Kernels, dtype: torch.dtype, r: int) -> None:
     heads = Heads(num_heads=3, num_kv_heads=1, head_size=16, window=None)
     qkv = random(7, heads.row_size, dtype=dtype)
     cos, sin = rope_table(torch.linspace(1, 0.1, r), torch.arange(7)[None], 1.1)
+    tables = (cos.view(7, r), sin.view(7, r))
     turned = qkv.clone()
-    kernels.rope(turned, cos.view(7, r), sin.view(7, r), heads)
+    kernels.rope(turned, tables, torch.arange(7), heads)
     expected = rotate(qkv[:, :64].reshape(1, 7, 4, 16), cos, sin).reshape(7, 64)
     assert_near(turned[:, :64], expected.float(), dtype)
     assert torch.equal(turned[:, 64:], qkv[:, 64:])
-    kernels.rope(turned, cos.view(7, r), sin.view(7, r), heads, back=True)
+    order = torch.arange(6, -1, -1)
+    mixed = tuple(table[order] for table in tables)
+    kernels.rope(turned, mixed, order, heads, back=True)
     square = torch.tensor(1.1**2)
     rest = torch.cat([qkv[:, :64].view(7, 4, 16)[..., : 2 * r].flatten(1)])
     assert_near(turned[:, :64].view(7, 4, 16)[..., : 2 * r].flatten(1), rest * square, dtype)
@@ -195,6 +198,13 @@ def test_attention(
     for found, true in zip(d_qkv.split(sizes, 1), leaf.grad.split(sizes, 1), strict=True):
         if true.norm() > 1e-3:  # one key to look at: no gradient but that of its value
             assert_near(found, true, dtype)
+
+
+def test_find_runs(kernels: Kernels) -> None:
+    documents = torch.tensor([[0, 0, 1, 1, 1, -1], [1, 1, 1, 1, 0, -1]], dtype=torch.int32)
+    assert kernels.find_runs(documents).tolist() == [0, 2, 5, 6, 10, 11, 12]
+    documents[0, 5] = 0
+    assert kernels.find_runs(documents) is None
 
 
 @pytest.mark.parametrize("shadow_dtype", DTYPES)

@@ -4,6 +4,8 @@
 // values (`_bf16`, `_fp32`). Sums are fp32; their order depends on the number of threads at most.
 //
 // Names: n tokens, d model size, f feed-forward size, v vocabulary; T the type of activations.
+#include <set>
+
 #include "training_attention.h"
 
 namespace phi {
@@ -26,7 +28,7 @@ void norm(T* x, const T* before, const T* delta, const float* weight, T* y, floa
       const Floats value = take(row + c, count);
       squares = fma(value, value, squares);
     });
-    const float scale = 1.0f / sqrtf(sum_lanes(squares) / float(d) + eps);
+    const float scale = 1.0f / sqrtf(add_up(squares) / float(d) + eps);
     scales[i] = scale;
     lanes(d, [&](int64_t c, auto count) {
       give(out + c, take(row + c, count) * scale * take(weight + c, count), count);
@@ -52,7 +54,7 @@ void norm_backward(const T* x, const float* weight, const float* scales, const T
         products = fma(take(dy + c, count) * take(weight + c, count), take(row + c, count),
                        products);
       });
-      const float along = sum_lanes(products) * scale / float(d);
+      const float along = add_up(products) * scale / float(d);
       lanes(d, [&](int64_t c, auto count) {
         const Floats normed = take(row + c, count) * scale, gradient = take(dy + c, count);
         const Floats factor = take(weight + c, count);
@@ -68,17 +70,18 @@ void norm_backward(const T* x, const float* weight, const float* scales, const T
     for (int64_t c = 0; c < d; c++) d_weight[c] += parts[size_t(t) * d + c];
 }
 
-// Turns the pairs (i, i + r) of the first `heads` heads of each row, in place; sign -1 turns back.
+// Turns the pairs (i, i + r) of the first `heads` heads of each row, in place, by the angles of its
+// position's row in the tables; sign -1 turns back.
 template <class T>
-void rope(T* x, const float* cosines, const float* sines, int64_t n, int64_t row_size,
-          int64_t heads, int64_t head_size, int64_t r, float sign) {
+void rope(T* x, const float* cosines, const float* sines, const int64_t* positions, int64_t n,
+          int64_t row_size, int64_t heads, int64_t head_size, int64_t r, float sign) {
 #pragma omp parallel for schedule(static)
   for (int64_t i = 0; i < n; i++)
     for (int64_t h = 0; h < heads; h++) {
       T *first = x + i * row_size + h * head_size, *second = first + r;
       lanes(r, [&](int64_t c, auto count) {
-        const Floats cosine = take(cosines + i * r + c, count);
-        const Floats sine = take(sines + i * r + c, count) * sign;
+        const Floats cosine = take(cosines + positions[i] * r + c, count);
+        const Floats sine = take(sines + positions[i] * r + c, count) * sign;
         const Floats a = take(first + c, count), b = take(second + c, count);
         give(first + c, a * cosine - b * sine, count);
         give(second + c, b * cosine + a * sine, count);
@@ -117,35 +120,45 @@ void swiglu_backward(const T* gate_up, const T* d_out, T* d_gate_up, T* out, int
     });
 }
 
-// losses[i] = -log softmax(logits[i])[target]; with `gradient` the logits become scale x
-// (softmax - one-hot), where scale is scales[i], or 1 without `scales`.
+// -log softmax(row)[target]; with `gradient` the row becomes scale x (softmax - one-hot).
+template <class T>
+float row_loss(T* row, int64_t target, float scale, bool gradient, float* powers, int64_t v) {
+  Floats maxima = splat(read_one(row));
+  lanes(v, [&](int64_t c, auto count) {
+    if constexpr (std::is_same_v<decltype(count), long>)  // no zeros from behind the end
+      for (long k = 0; k < count; k++) maxima = max(maxima, splat(read_one(row + c + k)));
+    else
+      maxima = max(maxima, take(row + c, count));
+  });
+  const float maximum = max_lanes(maxima), chosen = read_one(row + target);
+  Floats totals{};
+  lanes(v, [&](int64_t c, auto count) {
+    const Floats power = exp(take(row + c, count) - maximum);
+    totals += lane_numbers() < splat(float(count)) ? power : Floats{};
+    give(powers + c, power, count);
+  });
+  const float total = add_up(totals), factor = scale / total;
+  if (gradient) {
+    lanes(v, [&](int64_t c, auto count) {
+      give(row + c, take(powers + c, count) * factor, count);
+    });
+    write_one(row + target, powers[target] * factor - scale);
+  }
+  return maximum + logf(total) - chosen;
+}
+
+// losses[i] = -log softmax(logits[i])[target]; with `gradient` the logits become its gradient times
+// scales[i], or 1 without `scales`.
 template <class T>
 void cross_entropy(T* logits, const int64_t* targets, const float* scales, float* losses,
                    int64_t gradient, int64_t n, int64_t v) {
-#pragma omp parallel for schedule(static)
-  for (int64_t i = 0; i < n; i++) {
-    T *row = logits + i * v, *target = row + targets[i];
-    Floats maxima = splat(read_one(row));
-    lanes(v, [&](int64_t c, auto count) {
-      if constexpr (std::is_same_v<decltype(count), long>)  // no zeros from behind the end
-        for (long k = 0; k < count; k++) maxima = max(maxima, splat(read_one(row + c + k)));
-      else
-        maxima = max(maxima, take(row + c, count));
-    });
-    const float maximum = max_lanes(maxima), chosen = read_one(target);
-    Floats totals{};
-    lanes(v, [&](int64_t c, auto count) {
-      const Floats value = exp(take(row + c, count) - maximum);
-      totals += lane_numbers() < splat(float(count)) ? value : Floats{};
-    });
-    const float total = sum_lanes(totals);
-    losses[i] = maximum + logf(total) - chosen;
-    if (!gradient) continue;
-    const float scale = scales ? scales[i] : 1.0f, factor = scale / total;
-    lanes(v, [&](int64_t c, auto count) {
-      give(row + c, exp(take(row + c, count) - maximum) * factor, count);
-    });
-    write_one(target, expf(chosen - maximum) * factor - scale);
+#pragma omp parallel
+  {
+    std::vector<float> powers(v);
+#pragma omp for schedule(static)
+    for (int64_t i = 0; i < n; i++)
+      losses[i] = row_loss(logits + i * v, targets[i], scales ? scales[i] : 1.0f, gradient != 0,
+                           powers.data(), v);
   }
 }
 
@@ -229,6 +242,24 @@ void attention_backward(const T* qkv, const T* out, const float* log_sums, const
   }
 }
 
+// Where runs of equal documents start within rows [b, t], then the end; returns their number, or -1
+// when a document of a row comes back after another.
+inline int64_t find_runs(const int32_t* documents, int64_t b, int64_t t, int64_t* starts) {
+  int64_t runs = 0;
+  std::set<int32_t> seen;
+  for (int64_t row = 0; row < b; row++) {
+    seen.clear();
+    for (int64_t i = 0; i < t; i++) {
+      const int32_t* at = documents + row * t + i;
+      if (i > 0 && at[0] == at[-1]) continue;
+      if (!seen.insert(*at).second) return -1;
+      starts[runs++] = row * t + i;
+    }
+  }
+  starts[runs] = b * t;
+  return runs;
+}
+
 // One AdamW step (arXiv 1711.05101) over many tensors; `shadows` get the new weights in T.
 template <class T>
 void adamw(int64_t num_tensors, const int64_t* counts, float* const* weights,
@@ -279,7 +310,7 @@ inline double sum_of_squares(int64_t num_tensors, const int64_t* counts,
         const Floats value = take(from + c, size);
         sum = fma(value, value, sum);
       });
-      pieces[size_t(k * longest + piece)] = sum_lanes(sum);
+      pieces[size_t(k * longest + piece)] = add_up(sum);
     }
   }
   for (const double piece : pieces) total += piece;
@@ -298,9 +329,10 @@ inline double sum_of_squares(int64_t num_tensors, const int64_t* counts,
                               int64_t d) {                                                         \
     phi::norm_backward(x, weight, scales, d_y, d_skip, d_x, y, d_weight, n, d);               \
   }                                                                                                \
-  void rope_##suffix(T* x, const float* cosines, const float* sines, int64_t n, int64_t row,       \
-                     int64_t heads, int64_t head_size, int64_t r, float sign) {                    \
-    phi::rope(x, cosines, sines, n, row, heads, head_size, r, sign);                          \
+  void rope_##suffix(T* x, const float* cosines, const float* sines, const int64_t* positions,     \
+                     int64_t n, int64_t row, int64_t heads, int64_t head_size, int64_t r,          \
+                     float sign) {                                                                 \
+    phi::rope(x, cosines, sines, positions, n, row, heads, head_size, r, sign);                    \
   }                                                                                                \
   void swiglu_##suffix(const T* gate_up, T* out, int64_t n, int64_t f) {                           \
     phi::swiglu(gate_up, out, n, f);                                                          \
@@ -347,6 +379,10 @@ inline double sum_of_squares(int64_t num_tensors, const int64_t* counts,
 extern "C" {
 PHIFORGE_EXPORT(float, fp32)
 PHIFORGE_EXPORT(phi::bf16, bf16)
+
+int64_t find_runs(const int32_t* documents, int64_t b, int64_t t, int64_t* starts) {
+  return phi::find_runs(documents, b, t, starts);
+}
 
 double sum_of_squares(int64_t tensors, const int64_t* counts, const float* const* values) {
   return phi::sum_of_squares(tensors, counts, values);

@@ -202,7 +202,7 @@ void attend(const AttentionShape& s, const T* qkv, int64_t length, int64_t kv_he
                 write(sums + r * padded + c, read(sums + r * padded + c) * shrink);
             maxima[r] = maximum;
           }
-          totals[r] += sum_lanes(total);
+          totals[r] += add_up(total);
         }
         for (int m = 0; m < even; m += 8)
           multiply<T>(8, padded, (j == i ? m + 8 : kBlock) / kValues,
@@ -278,7 +278,7 @@ void attend_backward(const AttentionShape& s, const T* qkv, const T* out, const 
           lanes(e, [&](int64_t c, auto width) {
             mean = fma(take(o + c, width), take(g + c, width), mean);
           });
-        means[r] = sum_lanes(mean);
+        means[r] = add_up(mean);
         // Rows past the end are zeros: their probability meets nothing but zeros.
         sums[r] = r < count ? log_sums[(i + r) * s.num_heads + head] : 0.0f;
       }
