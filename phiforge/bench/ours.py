@@ -34,11 +34,7 @@ class Sampler:
 
         torch.set_num_threads(settings["threads"])
         options = {name: settings[name] for name in ("rows", "mode", "weights", "kernels")}
-        if settings["device"] == "cpu":
-            self.engine = Engine.from_folder(settings["model"], **options)
-        else:
-            model, tokenizer = huggingface.load(settings["model"], "bfloat16", settings["device"])
-            self.engine = Engine(model, tokenizer, **options)
+        self.engine = Engine.from_folder(settings["model"], device=settings["device"], **options)
         # Fixed lengths: no contestant stops at an end token.
         self.engine.tokenizer.stop_ids = frozenset()
         self.about = {"engine": self.engine.name, "torch": torch.__version__}
@@ -81,6 +77,7 @@ class Trainer:
             device=settings["device"],
             threads=settings["threads"],
             compile=settings["compile"],
+            kernels=settings["kernels"],
             micro_tokens=settings["micro_rows"] * settings["context"],
         )
         self.out = StageDir.scratch(settings["scratch"], exec)

@@ -58,8 +58,8 @@ def run(options: Options) -> dict[str, Any]:
     sizes = _sizes(options, gpu_bytes)
     peers, skipped = _find_peers(options)
     threads = options.threads or num_cores()
-    kernels, why = _kernels()
-    if why and options.task == "engine":
+    kernels, why = _kernels(options.task)
+    if why:
         skipped.append(f"native kernels: skipped, {why}")
     make = engine_plan.groups if options.task == "engine" else train_plan.groups
     summaries = []
@@ -120,13 +120,13 @@ def _find_peers(options: Options) -> tuple[dict[str, Path], list[str]]:
     return found, skipped
 
 
-def _kernels() -> tuple[tuple[Literal["native", "torch"], ...], str | None]:
+def _kernels(task: Task) -> tuple[tuple[Literal["native", "torch"], ...], str | None]:
     """Which kernels of ours can run, and why one kind cannot."""
     import torch  # noqa: F401 - first, so that the kernels share its threads
 
     from phiforge.core.native.build import unavailable
 
-    why = unavailable("decoder")
+    why = unavailable("decoder" if task == "engine" else "training")
     return (("native", "torch"), None) if why is None else (("torch",), why)
 
 

@@ -68,13 +68,17 @@ def nano_step() -> tuple[PhiConfig, Step, int]:
 def _nano(setting: Setting) -> Group:
     config, step, planned = nano_step()
     prepared = _Prepared(setting, "nano", config, step, planned)
-    entrants = [prepared.ours("bf16"), prepared.ours("fp32"), *prepared.peers(fp32=True)]
-    comparisons = (
-        Comparison("step", f"{OURS} bf16", "transformers bf16", 2.0),
-        Comparison("step", f"{OURS} bf16", "transformers bf16 compiled"),
-        Comparison("step", f"{OURS} fp32", "transformers fp32"),
-        Comparison("step", f"{OURS} bf16", "litgpt bf16"),
-    )
+    entrants = [*prepared.ours("bf16"), *prepared.ours("fp32"), *prepared.peers(fp32=True)]
+    comparisons = [
+        comparison
+        for kernels in setting.kernels
+        for comparison in (
+            Comparison("step", f"{OURS} {kernels} bf16", "transformers bf16", 2.0),
+            Comparison("step", f"{OURS} {kernels} bf16", "transformers bf16 compiled"),
+            Comparison("step", f"{OURS} {kernels} fp32", "transformers fp32"),
+            Comparison("step", f"{OURS} {kernels} bf16", "litgpt bf16"),
+        )
+    ]
     return prepared.group(entrants, comparisons, "its documents are packed; litgpt has no masks")
 
 
@@ -82,13 +86,17 @@ def _small_100m(setting: Setting) -> Group:
     # All contestants stay in memory: 4,096 tokens a step took 21 GB together, half as many fit.
     step = Step(rows=4, context=512, micro_rows=4, steps_per_run=1)
     prepared = _Prepared(setting, "small-100m", small_100m_config(), step, planned=10**9)
-    entrants = [prepared.ours("bf16"), *prepared.peers(fp32=True)]
-    comparisons = (
-        Comparison("step", f"{OURS} bf16", "transformers bf16", 1.35),
-        Comparison("step", f"{OURS} bf16", "transformers bf16 compiled", 1.1),
-        Comparison("step", f"{OURS} bf16", "litgpt bf16", 1.0),
-        Comparison("step", f"{OURS} bf16", LIMIT, 0.75),
-    )
+    entrants = [*prepared.ours("bf16"), *prepared.peers(fp32=True)]
+    comparisons = [
+        comparison
+        for kernels in setting.kernels
+        for comparison in (
+            Comparison("step", f"{OURS} {kernels} bf16", "transformers bf16", 1.35),
+            Comparison("step", f"{OURS} {kernels} bf16", "transformers bf16 compiled", 1.1),
+            Comparison("step", f"{OURS} {kernels} bf16", "litgpt bf16", 1.0),
+            Comparison("step", f"{OURS} {kernels} bf16", LIMIT, 0.75),
+        )
+    ]
     return prepared.group(entrants, comparisons, "one document a row")
 
 
@@ -103,13 +111,14 @@ def _phi_4_layers(setting: Setting) -> Group:
     room = 0.75 * setting.gpu_bytes / contestants / 16
     config = config.replace(num_layers=max(1, min(MOST_LAYERS, int((room - tables) / layer))))
     prepared = _Prepared(setting, "phi-4-layers", config, step, 10**12, device="cuda")
-    entrants = [prepared.ours("bf16", compile="on"), *prepared.peers(fp32=False)]
+    entrants = [*prepared.ours("bf16", compile="on"), *prepared.peers(fp32=False)]
+    ours = f"{OURS} torch bf16 compiled"
     comparisons = (
-        Comparison("step", f"{OURS} bf16 compiled", "transformers bf16"),
-        Comparison("step", f"{OURS} bf16 compiled", "transformers bf16 compiled"),
-        Comparison("step", f"{OURS} bf16 compiled", "litgpt bf16"),
-        Comparison("step", f"{OURS} bf16 compiled", LIMIT),
-        Comparison("step", f"{OURS} bf16 compiled", PEAK, 0.5),
+        Comparison("step", ours, "transformers bf16"),
+        Comparison("step", ours, "transformers bf16 compiled"),
+        Comparison("step", ours, "litgpt bf16"),
+        Comparison("step", ours, LIMIT),
+        Comparison("step", ours, PEAK, 0.5),
     )
     return prepared.group(entrants, comparisons, f"{config.num_layers} layers")
 
@@ -117,8 +126,8 @@ def _phi_4_layers(setting: Setting) -> Group:
 def _tiny(setting: Setting) -> Group:
     step = Step(rows=2, context=32, micro_rows=2, steps_per_run=2, document_tokens=(6, 14))
     prepared = _Prepared(setting, "tiny", tiny_config(), step, planned=10**6)
-    entrants = [prepared.ours("fp32"), *prepared.peers(fp32=True, bf16=False)]
-    comparisons = (Comparison("step", f"{OURS} fp32", "transformers fp32"),)
+    entrants = [*prepared.ours("fp32"), *prepared.peers(fp32=True, bf16=False)]
+    comparisons = (Comparison("step", entrants[0].label, "transformers fp32"),)
     return prepared.group(entrants, comparisons, "to see that the benchmark works")
 
 
@@ -145,12 +154,17 @@ class _Prepared:
         )
         self.planned = planned
 
-    def ours(self, dtype: Literal["fp32", "bf16"], compile: str = "auto") -> Entrant:
-        """The loop of phiforge.train; `compile` as in a recipe's exec block."""
-        label = f"{OURS} {dtype}" + (" compiled" if compile == "on" else "")
-        scratch = str(self.setting.folder / f"scratch-{self.name}-{dtype}-{compile}")
-        own = {"compile": compile, "planned_tokens": self.planned, "scratch": scratch}
-        return Entrant(label, OURS, {**self._settings(dtype), **own}, dtype)
+    def ours(self, dtype: Literal["fp32", "bf16"], compile: str = "auto") -> list[Entrant]:
+        """The loop of phiforge.train, with each kind of kernels; `compile` as in a recipe's exec
+        block, where compiled layers leave no place for own kernels."""
+        kinds = self.setting.kernels if self.device == "cpu" and compile != "on" else ("torch",)
+        return [self._ours(dtype, kernels, compile) for kernels in kinds]
+
+    def _ours(self, dtype: Literal["fp32", "bf16"], kernels: str, compile: str) -> Entrant:
+        label = f"{OURS} {kernels} {dtype}" + (" compiled" if compile == "on" else "")
+        scratch = str(self.setting.folder / f"scratch-{self.name}-{kernels}-{dtype}-{compile}")
+        own = {"compile": compile, "kernels": kernels, "planned_tokens": self.planned}
+        return Entrant(label, OURS, {**self._settings(dtype), **own, "scratch": scratch}, dtype)
 
     def peers(self, fp32: bool, bf16: bool = True) -> list[Entrant]:
         """The peers there are: transformers eager and compiled, litgpt."""

@@ -57,6 +57,6 @@ def test_train(bench):
     assert code == 0
     assert any(line.startswith("litgpt: skipped") for line in result["skipped"])
     ours, theirs = group["works"][0]["rows"]
-    assert (ours["label"], theirs["label"]) == ("phiforge fp32", "transformers fp32")
+    assert (ours["label"], theirs["label"]) == ("phiforge torch fp32", "transformers fp32")
     assert theirs["loss_difference"] < 1e-4
     assert 0 < ours["limit_share"] < 1

@@ -34,7 +34,7 @@ class Sampler:
         params.n_threads = params.n_threads_batch = settings["threads"]
         params.no_perf = True
         if settings["dtype"] == "f32":
-            # Its default cache is f16, and its flash attention rounds too; in fp32 tokens must match.
+            # The default cache is f16, and flash attention rounds too: tokens would differ.
             params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
             params.flash_attn_type = llama_cpp.LLAMA_FLASH_ATTN_TYPE_DISABLED
         self.context = llama_cpp.llama_init_from_model(self.model, params)
