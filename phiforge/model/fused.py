@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from phiforge.model.kernels import Heads, Kernels
-from phiforge.model.phi import Phi
+from phiforge.model.phi import Cache, Phi
 
 
 class Matrix:
@@ -165,7 +165,7 @@ class FusedDecoder:
         positions_bt: Tensor | None = None,
         documents_bt: Tensor | None = None,
         mask_bts: Tensor | None = None,
-        cache: None = None,
+        cache: Cache | None = None,
     ) -> Tensor:
         """As `Phi.hidden`; masks, caches and documents in pieces take the plain layers."""
         starts_m = None

@@ -11,8 +11,9 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Literal, Self
+from typing import Any, Literal, Self
 
 import torch
 from pydantic import Field, model_validator
@@ -25,7 +26,9 @@ from phiforge.core.files import atomic_path, content_hash
 from phiforge.core.records import Pair, read_records
 from phiforge.core.store import Inputs, Metrics, StageDir
 from phiforge.model import huggingface
+from phiforge.model.fused import fused
 from phiforge.model.phi import Phi
+from phiforge.train.cost import choose_kernels
 from phiforge.train.loop import LoopConfig, train
 from phiforge.train.losses import (
     MARGIN_LOSSES,
@@ -100,7 +103,8 @@ def run(config: DPOConfig, inputs: Inputs, out: StageDir) -> Metrics:
         config.seed,
     )
     key = _reference_key(pairs, folder, config.dtype)
-    reference = cached_reference(out, key, model, steps)
+    with _kernels(model, out):
+        reference = cached_reference(out, key, model, steps)
     steps = steps.with_reference(reference)
     metrics = train(
         model,
@@ -117,12 +121,16 @@ def run(config: DPOConfig, inputs: Inputs, out: StageDir) -> Metrics:
     )
     huggingface.save(model, tokenizer, out.path / "model", dtype=config.save_dtype)
     single = sum(pair.single_token for pair in pairs)
-    return {
-        **metrics,
-        "pairs": len(pairs),
-        "single_token_pairs": single,
-        **preference_statistics(model, steps, config.beta),
-    }
+    with _kernels(model, out):
+        statistics = preference_statistics(model, steps, config.beta)
+    return {**metrics, "pairs": len(pairs), "single_token_pairs": single, **statistics}
+
+
+def _kernels(model: Phi, out: StageDir) -> AbstractContextManager[Any]:
+    """Compute as the training loop will, so that at its start the margins are 0."""
+    device = model.embedding.weight.device
+    kernels, _ = choose_kernels(out.exec, device, compiled=out.exec.compile == "on")
+    return nullcontext() if kernels is None else fused(model, kernels)
 
 
 def preference_loss(
