@@ -6,12 +6,14 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <thread>
 #include <type_traits>
 #include <vector>
 #ifdef _OPENMP
@@ -232,11 +234,48 @@ struct alignas(64) Counter {
   std::atomic<long> next{0};
 };
 
+PHI_INLINE void pause_briefly() {
+#if defined(__x86_64__) || defined(__i386__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Where threads meet. Who waits spins for some microseconds, as long as a phase's end takes when
+// every thread has a core, then lets others run: on a busy machine the thread waited for is likely
+// to want this very core, and OpenMP's barrier would hold it for a millisecond.
+class Barrier {
+ public:
+  void wait(int size) {
+    const unsigned round = round_.load(std::memory_order_relaxed);
+    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == size) {
+      arrived_.store(0, std::memory_order_relaxed);
+      round_.store(round + 1, std::memory_order_release);
+      return;
+    }
+    for (long turn = 0; round_.load(std::memory_order_acquire) == round; turn++) {
+      if (turn < SPINS)
+        pause_briefly();
+      else if (turn < SPINS + YIELDS)
+        std::this_thread::yield();
+      else
+        std::this_thread::sleep_for(std::chrono::microseconds(100));
+    }
+  }
+
+ private:
+  static constexpr long SPINS = 1000, YIELDS = 1000;
+  alignas(64) std::atomic<int> arrived_{0};
+  alignas(64) std::atomic<unsigned> round_{0};
+};
+
 // What a thread of a parallel region knows. All threads walk through the same phases; within one,
 // items go to whoever is free, so that a thread that lost its core holds up one item, not a share.
 class Team {
  public:
-  Team(int size, Counter* counters) : size_(size), counters_(counters) {}
+  Team(int size, Counter* counters, Barrier& barrier)
+      : size_(size), counters_(counters), barrier_(barrier) {}
 
   // work(item) or work(item, next), next being the item this thread does after it (>= num_items:
   // none). No barrier at the end: call wait().
@@ -253,11 +292,7 @@ class Team {
     }
   }
   void wait() const {
-#ifdef _OPENMP
-    if (size_ > 1) {
-#pragma omp barrier
-    }
-#endif
+    if (size_ > 1) barrier_.wait(size_);
   }
 
  private:
@@ -266,6 +301,7 @@ class Team {
   }
   int size_;
   Counter* counters_;
+  Barrier& barrier_;
   int phase_ = 0;
 };
 
@@ -273,17 +309,19 @@ class Team {
 template <class Body>
 void in_parallel(int threads, std::vector<Counter>& counters, Body body) {
   for (Counter& counter : counters) counter.next.store(0, std::memory_order_relaxed);
+  Barrier barrier;
 #ifdef _OPENMP
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
     {
-      Team team(omp_get_num_threads(), counters.data());
+      Team team(omp_get_num_threads(), counters.data(), barrier);
       body(team, omp_get_thread_num());
+      team.wait();  // so that nobody waits long in the barrier that ends a parallel region
     }
     return;
   }
 #endif
-  Team team(1, counters.data());
+  Team team(1, counters.data(), barrier);
   body(team, 0);
 }
 
