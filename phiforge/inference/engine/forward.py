@@ -4,10 +4,9 @@
 Nothing is written.
 
 Products run over all tokens of a pass at once, attention over groups of similar rows. In exact mode
-a row's numbers depend on its own tokens alone. Measured on CPU kernels (MKL fp32, oneDNN bf16),
-this takes: products of whole blocks of 16 rows (fewer rows get another kernel), and attention's
-own rules (attention.py). SiLU is spelled out, because its fused kernel rounds the end of an array
-otherwise than its middle.
+a row's numbers depend on its own tokens alone, as measured on CPU kernels (MKL fp32, oneDNN bf16):
+products (products.py) and attention (attention.py) keep rules for that, and SiLU is spelled out,
+because its fused kernel rounds the end of an array otherwise than its middle.
 
 Shapes: n tokens, d model dim, m any number of rows, h heads, k kv heads, e head dim, r half the
 rotary dimensions, b rows of a group, t tokens of a row, j blocks of a row.
@@ -28,10 +27,10 @@ from phiforge.inference.engine.memory import zeros
 from phiforge.inference.engine.products import Product, describe, make_product
 from phiforge.inference.engine.runner import BLOCK, Pass
 from phiforge.inference.engine.weights import LayerWeights, Weights
+from phiforge.model.quantize import Matrix
 from phiforge.model.rope import inverse_frequencies, rope_table
 
 _ROPE_CHUNK = 1024  # positions
-_ROW_BLOCK = 16  # exact mode: rows of a matrix product come in whole blocks
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ class TorchRunner:
         self.block_bytes = 2 * heads * BLOCK * self.config.head_size * self.dtype.itemsize
         self._layers = [self._make_layer(layer) for layer in weights.layers]
         self._embedding, self._norm_weight = weights.embedding, weights.norm
-        self._lm_head = make_product(weights.lm_head, self.device, self.dtype)
+        self._lm_head = self._make_product(weights.lm_head)
         frequencies = inverse_frequencies(self.config, long=weights.long_rope)
         self._frequencies = frequencies.to(self.device)
         # whole at once on CUDA: a captured graph keeps the table's address
@@ -102,16 +101,19 @@ class TorchRunner:
     @torch.inference_mode()
     def logits(self, x_md: Tensor) -> Tensor:
         """Logits [m, v] in fp32."""
-        return self._lm_head(self._pad_rows(x_md))[: x_md.shape[0]].float()
+        return self._lm_head(x_md).float()
+
+    def _make_product(self, matrix: Matrix) -> Product:
+        return make_product(matrix, self.device, self.dtype, self.mode_is_exact)
 
     def _make_layer(self, layer: LayerWeights) -> _Layer:
         return _Layer(
             attention_norm=layer.attention_norm,
-            query_key_value=make_product(layer.query_key_value, self.device, self.dtype),
-            output=make_product(layer.output, self.device, self.dtype),
+            query_key_value=self._make_product(layer.query_key_value),
+            output=self._make_product(layer.output),
             mlp_norm=layer.mlp_norm,
-            gate_up=make_product(layer.gate_up, self.device, self.dtype),
-            down=make_product(layer.down, self.device, self.dtype),
+            gate_up=self._make_product(layer.gate_up),
+            down=self._make_product(layer.down),
         )
 
     def _decode(self, ids_n: Tensor, positions_n: Tensor, tables_nj: Tensor) -> Tensor:
@@ -124,27 +126,23 @@ class TorchRunner:
     def _run(
         self, ids_n: Tensor, positions_n: Tensor, slots_n: Tensor, groups: list[Group]
     ) -> Tensor:
-        n, h, k = len(ids_n), self.config.num_heads, self.config.num_kv_heads
-        x_nd = self._embedding[self._pad_rows(ids_n)]
+        h, k = self.config.num_heads, self.config.num_kv_heads
+        x_nd = self._embedding[ids_n]
         cos, sin = self._rope[0][positions_n], self._rope[1][positions_n]
         for index, layer in enumerate(self._layers):
-            qkv = layer.query_key_value(self._norm(x_nd, layer.attention_norm))[:n]
+            qkv = layer.query_key_value(self._norm(x_nd, layer.attention_norm))
             qkv = qkv.unflatten(1, (-1, self.config.head_size))
             turned = _rotate(qkv[:, : h + k], cos, sin)
             cached = Cached(self._keys[index], self._values[index])
             cached.write(slots_n, turned[:, h:], qkv[:, h + k :])
             out_nd = attend(turned[:, :h], cached, groups, self.mode_is_exact)
-            x_nd = x_nd + layer.output(self._pad_rows(out_nd))
+            x_nd = x_nd + layer.output(out_nd)
             gate, up = layer.gate_up(self._norm(x_nd, layer.mlp_norm)).chunk(2, dim=-1)
             x_nd = x_nd + layer.down(self._silu(gate) * up)
-        return self._norm(x_nd, self._norm_weight)[:n]
+        return self._norm(x_nd, self._norm_weight)
 
     def _put(self, values: np.ndarray) -> Tensor:
         return torch.from_numpy(values.astype(np.int64)).to(self.device)
-
-    def _pad_rows(self, x: Tensor) -> Tensor:
-        missing = -x.shape[0] % _ROW_BLOCK if self.mode_is_exact else 0
-        return torch.cat([x, x.new_zeros(missing, *x.shape[1:])]) if missing else x
 
     def _norm(self, x_nd: Tensor, weight: Tensor) -> Tensor:
         return F.rms_norm(x_nd.float(), weight.shape, weight, self.config.rms_norm_eps).to(x_nd)
