@@ -71,14 +71,15 @@ class _CrossEntropySum(torch.autograd.Function):
         train = any(ctx.needs_input_grad[:2])
         if train:
             grad_x_nd = torch.zeros_like(x_nd)
-            grad_weight = _Sum(weight_vd, kernels)
+            grad_weight = _WeightGradient(weight, kernels)
+        space_cv = _chunk_space(x_nd, weight)
         for rows, x_cd, targets_c in _valid_chunks(x_nd, targets_n, len(weight)):
-            logits_cv = x_cd @ weight.t()
+            logits_cv = torch.mm(x_cd, weight.t(), out=space_cv[: len(x_cd)])
             loss_c, error_cv = _loss_and_error(logits_cv, targets_c, None, train, kernels)
             total += loss_c.sum()
             if train:
                 _put(grad_x_nd, rows, error_cv @ weight)
-                grad_weight.add(error_cv.t() @ x_cd)
+                grad_weight.add(error_cv, x_cd)
         if train:
             ctx.gradients = grad_x_nd, grad_weight.value()
             ctx.weight_dtype = weight_vd.dtype
@@ -115,8 +116,9 @@ class _TokenLosses(torch.autograd.Function):
     ) -> Tensor:
         weight = weight_vd.to(x_nd.dtype)
         losses_n = torch.zeros(len(x_nd), dtype=torch.float32, device=x_nd.device)
+        space_cv = _chunk_space(x_nd, weight)
         for rows, x_cd, targets_c in _valid_chunks(x_nd, targets_n, len(weight)):
-            logits_cv = x_cd @ weight.t()
+            logits_cv = torch.mm(x_cd, weight.t(), out=space_cv[: len(x_cd)])
             loss_c, _ = _loss_and_error(logits_cv, targets_c, None, False, kernels)
             _put(losses_n, rows, loss_c)
         ctx.save_for_backward(x_nd, weight_vd, targets_n)
@@ -130,13 +132,14 @@ class _TokenLosses(torch.autograd.Function):
         scale_n = gradients[0]
         weight = weight_vd.to(x_nd.dtype)
         grad_x_nd = torch.zeros_like(x_nd)
-        grad_weight = _Sum(weight_vd, ctx.kernels)
+        grad_weight = _WeightGradient(weight, ctx.kernels)
+        space_cv = _chunk_space(x_nd, weight)
         for rows, x_cd, targets_c in _valid_chunks(x_nd, targets_n, len(weight)):
-            logits_cv = x_cd @ weight.t()
+            logits_cv = torch.mm(x_cd, weight.t(), out=space_cv[: len(x_cd)])
             scale_c = scale_n[rows].contiguous()
             _, error_cv = _loss_and_error(logits_cv, targets_c, scale_c, True, ctx.kernels)
             _put(grad_x_nd, rows, error_cv @ weight)
-            grad_weight.add(error_cv.t() @ x_cd)
+            grad_weight.add(error_cv, x_cd)
         return grad_x_nd, grad_weight.value().to(weight_vd.dtype), None, None
 
 
@@ -168,25 +171,33 @@ def _loss_and_error(
     return loss_c, error_cv.to(logits_cv.dtype)
 
 
-class _Sum:
-    """The gradient of a matrix in fp32, added up chunk by chunk without a first pass of zeros."""
+def _chunk_space(x_nd: Tensor, weight_vd: Tensor) -> Tensor:
+    """Memory for the logits of every chunk: fresh memory costs a page fault for each page."""
+    num_tokens = min(len(x_nd), chunk_tokens(len(weight_vd), x_nd.device))
+    return x_nd.new_empty(num_tokens, len(weight_vd))
 
-    def __init__(self, like: Tensor, kernels: Kernels | None) -> None:
-        self.like, self.kernels = like, kernels
-        self.sum: Tensor | None = None
 
-    def add(self, chunk: Tensor) -> None:
-        if self.sum is None:
-            self.sum = chunk.float()
+class _WeightGradient:
+    """The head's gradient in fp32: the sum over chunks of error^T x, multiplied in x's dtype."""
+
+    def __init__(self, weight_vd: Tensor, kernels: Kernels | None) -> None:
+        self.weight_vd, self.kernels = weight_vd, kernels
+        self.product_vd = torch.empty_like(weight_vd)
+        self.sum_vd: Tensor | None = None
+
+    def add(self, error_cv: Tensor, x_cd: Tensor) -> None:
+        torch.mm(error_cv.t(), x_cd, out=self.product_vd)
+        if self.sum_vd is None:
+            self.sum_vd = self.product_vd.to(torch.float32, copy=True)
         elif self.kernels is None:
-            self.sum += chunk
+            self.sum_vd += self.product_vd
         else:
-            self.kernels.accumulate(chunk, self.sum, add=True)
+            self.kernels.accumulate(self.product_vd, self.sum_vd, add=True)
 
     def value(self) -> Tensor:
-        if self.sum is None:
-            return torch.zeros_like(self.like, dtype=torch.float32)
-        return self.sum
+        if self.sum_vd is None:
+            return torch.zeros_like(self.weight_vd, dtype=torch.float32)
+        return self.sum_vd
 
 
 def _valid_chunks(
