@@ -128,6 +128,17 @@ def test_stop_token_ends_and_stays_in_the_ids_but_not_in_the_text():
         assert completion.text == Letters().decode(completion.token_ids[:-1])
 
 
+def test_stop_strings_are_looked_for_in_the_text_not_in_special_tokens_names():
+    tokenizer = Letters()
+    tokenizer.special_ids = frozenset({ord("x") + 2})
+    mine = Engine(make_model(), tokenizer)
+    abc_with_x = [[ord(letter) + 2 for letter in "axbc"]]
+    (named,) = mine.generate(["a"], forced=abc_with_x, max_tokens=4, stop=["x"])[0]
+    assert (named.token_ids, named.finish_reason) == (tuple(abc_with_x[0]), "length")
+    (spanned,) = mine.generate(["a"], forced=abc_with_x, max_tokens=4, stop=["ab"])[0]
+    assert (spanned.token_ids, spanned.finish_reason) == (tuple(abc_with_x[0][:3]), "stop")
+
+
 def test_stop_strings_cut_the_text_at_their_first_byte():
     mine = engine()
     (free,) = mine.generate(["a"], n=40, max_tokens=40)

@@ -95,6 +95,15 @@ def to_completion(tokenizer: PromptTokenizer, answer: Answer) -> Completion:
     return Completion(text, ids, logprobs, reason, top_logprobs)
 
 
+def text_bytes(tokenizer: PromptTokenizer, token: int) -> bytes:
+    """What a token adds to an answer's text: nothing if it is special, as decoding leaves it out.
+
+    Stop strings are looked for in these bytes, never in a special token's name.
+    """
+    special = token in getattr(tokenizer, "special_ids", ())
+    return b"" if special else tokenizer.token_bytes(token)
+
+
 def close_forced(
     tokenizer: PromptTokenizer, tokens: list[int], sampling: Sampling, limit: int
 ) -> tuple[list[int], FinishReason | None]:
@@ -102,7 +111,7 @@ def close_forced(
     stops = tuple(text.encode() for text in sampling.stop)
     data = b""
     for place, token in enumerate(tokens):
-        data += tokenizer.token_bytes(token)
+        data += text_bytes(tokenizer, token)
         if token in tokenizer.stop_ids or any(stop in data for stop in stops):
             return tokens[: place + 1], "stop"
     return tokens, "length" if len(tokens) == limit else None

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from phiforge.inference.engine.answer import Answer
+from phiforge.inference.engine.answer import Answer, text_bytes
 from phiforge.inference.engine.constrain import check_mask
 from phiforge.inference.engine.rows import Rows
 from phiforge.inference.engine.runner import Runner
@@ -46,7 +46,7 @@ class Chooser:
         """The last bytes of an answer so far, if it has stop strings."""
         if not answer.sampling.stop or not answer.tokens:
             return b""
-        data = b"".join(map(self._tokenizer.token_bytes, answer.tokens))
+        data = b"".join(text_bytes(self._tokenizer, token) for token in answer.tokens)
         return _last(data, answer)
 
     def draw(
@@ -164,7 +164,7 @@ class Chooser:
     def _meets_stop(self, state: Rows, row: int, token: int) -> bool:
         """Whether the text now holds a stop string; a match always ends in the newest token."""
         answer = state.answers[row]
-        data = state.tails[row] + self._tokenizer.token_bytes(token)
+        data = state.tails[row] + text_bytes(self._tokenizer, token)
         state.tails[row] = _last(data, answer)
         return any(stop.encode() in data for stop in answer.sampling.stop)
 
