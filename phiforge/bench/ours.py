@@ -20,6 +20,7 @@ from phiforge.core.config import Exec
 from phiforge.core.store import StageDir
 from phiforge.model import huggingface
 from phiforge.train.batch import Rows, StepBatch, rows_step
+from phiforge.train.cost import choose_compile
 from phiforge.train.loop import LoopConfig, train
 from phiforge.train.pretrain import language_model_loss
 
@@ -81,6 +82,11 @@ class Trainer:
             micro_tokens=settings["micro_rows"] * settings["context"],
         )
         self.out = StageDir.scratch(settings["scratch"], exec)
+        if settings["compile"] == "on":
+            device = torch.device(settings["device"])
+            compiled, why = choose_compile(exec, device, settings["planned_tokens"], True)
+            if not compiled:  # the row's name says that it is
+                raise RuntimeError(f"the step cannot be compiled here: {why}")
         self.model = huggingface.load_model(settings["model"], "float32")
         self.config = LoopConfig(
             dtype=settings["dtype"],
