@@ -21,7 +21,7 @@ from phiforge.bench.figures import (
 from phiforge.bench.plan import LIMIT, OURS, PEAK, Comparison, Entrant, Group, Work
 from phiforge.bench.processor import FOREIGN_LIMIT
 from phiforge.bench.roofline import DECODE_FORMULA, decode_flops, decode_limit
-from phiforge.bench.rounds import WARM_UP, Played
+from phiforge.bench.rounds import Played
 from phiforge.train.cost import FLOPS_FORMULA, flops_per_token
 
 # Largest relative difference of the first losses from the reference's: fp32 differs by the order of
@@ -164,11 +164,14 @@ def _sameness(entrant: Entrant, reference: list[Sample], samples: list[Sample]) 
     ]
     if shares:
         return {"same_tokens": min(shares)}
-    losses = [s.losses[:_FIRST_LOSSES] for s in reference if s.losses and s.round == WARM_UP]
-    own = theirs.get(WARM_UP)
-    if losses and own is not None and own.losses:
-        return {"loss_difference": loss_difference(losses[0], own.losses)}
-    return {}
+    mine, own = _first_losses(reference), _first_losses(samples)
+    return {"loss_difference": loss_difference(mine, own)} if mine and own else {}
+
+
+def _first_losses(samples: list[Sample]) -> list[float]:
+    """Losses of the first steps, the warm-up's included."""
+    in_order = sorted(samples, key=lambda sample: sample.round)
+    return [loss for sample in in_order for loss in sample.losses or ()][:_FIRST_LOSSES]
 
 
 def _differences(group: Group, work: Work, rows: list[dict[str, Any]]) -> list[str]:

@@ -6,9 +6,10 @@ import pytest
 
 from phiforge.bench.contestant import ContestantFailed
 from phiforge.bench.engine_plan import tiny_config
+from phiforge.bench.figures import Sample
 from phiforge.bench.plan import LIMIT, PEAK, Comparison, Entrant, Group, Work
 from phiforge.bench.results import summarize, wrong
-from phiforge.bench.rounds import order, play
+from phiforge.bench.rounds import Played, order, play
 from phiforge.bench.table import text
 
 LIMITS = {
@@ -191,3 +192,30 @@ def test_the_table_says_everything():
     assert "  phiforge native fp32 / slow: 2.00 (2.00..2.00), aim 3: missed" in lines
     assert any("bench setup litgpt" in line for line in lines)
     assert lines[-1].startswith("--quick shows")
+
+
+def test_the_first_losses_must_be_alike():
+    def with_losses(label: str, *rounds: list[float]) -> list[Sample]:
+        made = enumerate(rounds, -1)
+        return [
+            Sample("w", number, label, 1.0, 1, 0.0, None, 1, losses=losses)
+            for number, losses in made
+        ]
+
+    found = group(
+        *(entrant("mine", "phiforge"), entrant("alike"), entrant("other")),
+        task="train",
+        reference="mine",
+        must_equal=("alike", "other"),
+    )
+    result = Played(
+        samples=[
+            *with_losses("mine", [8.0], [7.0, 6.0]),
+            *with_losses("alike", [8.0], [7.0, 6.006]),
+            *with_losses("other", [8.0], [7.7, 6.0]),
+        ]
+    )
+    (work,) = summarize(found, result)["works"]
+    assert work["differs"] == [
+        "w: other: the first losses differ from mine's by 10.00%, more than 0.5%"
+    ]
