@@ -21,6 +21,10 @@ from torch.autograd.function import once_differentiable
 from phiforge.model.kernels import Heads, Kernels
 from phiforge.model.phi import Cache, Phi
 
+# A pass takes a multiple of this many tokens, some padding among them if need be: for every number
+# of rows oneDNN compiles matrix products anew. Memory is made for multiples of _ROOM tokens.
+_MULTIPLE, _ROOM = 128, 1024
+
 
 class Matrix:
     """Some matrices below each other: a copy in the compute dtype, and their fp32 gradient.
@@ -167,11 +171,14 @@ class FusedDecoder:
         mask_bts: Tensor | None = None,
         cache: Cache | None = None,
     ) -> Tensor:
-        """As `Phi.hidden`; masks, caches and documents in pieces take the plain layers."""
-        starts_m = None
+        """As `Phi.hidden`, but what stands at padding means nothing: most of it is not computed.
+
+        Masks, caches and documents that lie in pieces take the plain layers.
+        """
+        runs = None
         if mask_bts is None and cache is None:
-            starts_m = self._run_starts(token_ids_bt, documents_bt)
-        if starts_m is None:
+            runs = self._runs(token_ids_bt, documents_bt)
+        if runs is None:
             return Phi.hidden(
                 self.model,
                 token_ids_bt,
@@ -181,17 +188,27 @@ class FusedDecoder:
                 cache=cache,
             )
         self.model.check(token_ids_bt, positions_bt, documents_bt, mask_bts, cache)
-        shape = (*token_ids_bt.shape, -1)
+        kept_n, starts_m = runs
         tables, positions_n = self._angles(token_ids_bt, positions_bt)
-        tokens = Pass(token_ids_bt.reshape(-1), starts_m, tables, positions_n)
+        ids_n = token_ids_bt.reshape(-1)
+        moved = not torch.equal(kept_n, torch.arange(len(ids_n)))
+        if moved:
+            ids_n, positions_n = ids_n[kept_n], positions_n[kept_n]
+        tokens = Pass(ids_n, starts_m, tables, positions_n)
         x_nd: Tensor = _Decode.apply(self.model.embedding.weight, self, tokens)  # type: ignore
-        return x_nd.view(shape)
+        if moved:
+            x_nd = x_nd.new_zeros(token_ids_bt.numel(), x_nd.shape[1]).index_copy(0, kept_n, x_nd)
+        return x_nd.view(*token_ids_bt.shape, -1)
 
-    def _run_starts(self, token_ids_bt: Tensor, documents_bt: Tensor | None) -> Tensor | None:
-        """Where the runs of tokens that attend to each other begin, and the end; None: no runs."""
+    def _runs(
+        self, token_ids_bt: Tensor, documents_bt: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """Places of the tokens to compute, and where those that see each other begin; or None."""
         if documents_bt is None:
-            return torch.arange(0, token_ids_bt.numel() + 1, token_ids_bt.shape[1])
-        return self.kernels.find_runs(documents_bt.to(torch.int32).contiguous())
+            n, length = token_ids_bt.numel(), token_ids_bt.shape[1]
+            return torch.arange(n), torch.arange(0, n + 1, length)
+        runs = self.kernels.find_runs(documents_bt.to(torch.int32).contiguous(), _MULTIPLE)
+        return None if runs is None or runs[1][-1] == 0 else runs
 
     def _angles(
         self, token_ids_bt: Tensor, positions_bt: Tensor | None
@@ -290,7 +307,7 @@ class FusedDecoder:
         """Memory for one pass; give it back to `free` when its backward pass is done."""
         buffers = self.free.pop() if self.free else None
         if buffers is None or len(buffers.last_nd) < num_tokens:
-            buffers = self._allocate(num_tokens)
+            buffers = self._allocate(-(-num_tokens // _ROOM) * _ROOM)
         return buffers
 
     def _allocate(self, num_tokens: int) -> Buffers:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from ctypes import c_double, c_float, c_int64, c_void_p
+from ctypes import CFUNCTYPE, c_double, c_float, c_int64, c_void_p
 from dataclasses import dataclass
 
 import torch
@@ -90,11 +90,12 @@ class Kernels:
         self._calls: dict[tuple[str, torch.dtype], Callable[..., None]] = {}
         for name, types in _TYPES.items():
             for dtype, suffix in _NAMES.items():
-                call = getattr(library.handle, f"{name}_{suffix}")
-                call.argtypes, call.restype = types, None
-                self._calls[name, dtype] = call
+                address = c_void_p.in_dll(library.handle, f"{name}_{suffix}").value
+                assert address is not None
+                self._calls[name, dtype] = CFUNCTYPE(None, *types)(address)
         self._find_runs = library.handle.find_runs
-        self._find_runs.argtypes, self._find_runs.restype = (_P, _I, _I, _P), c_int64
+        self._find_runs.argtypes = (_P, _I, _I, _I, _P, _P)
+        self._find_runs.restype = c_int64
         self._sum_of_squares = library.handle.sum_of_squares
         self._sum_of_squares.argtypes = (_I, _P, _P)
         self._sum_of_squares.restype = c_double
@@ -219,14 +220,20 @@ class Kernels:
         call = self._calls["accumulate", source.dtype]
         call(_address(source), _address(into), source.numel(), int(add))
 
-    def find_runs(self, documents_bt: Tensor) -> Tensor | None:
-        """Where runs of one document begin in rows (int32), and the end: int64 [m + 1].
+    def find_runs(self, documents_bt: Tensor, multiple: int) -> tuple[Tensor, Tensor] | None:
+        """Places [n] of the tokens that are no padding (-1), and where documents begin among them.
 
-        None when a document of a row comes back after another: no run would hold all of it.
+        The second, int64 [m + 1], ends with n, a multiple of `multiple` where there is enough
+        padding to fill it up. None when a document of a row comes back after another: no run would
+        hold all of it.
         """
-        starts = torch.empty(documents_bt.numel() + 1, dtype=torch.int64)
-        number = self._find_runs(_address(documents_bt), *documents_bt.shape, _address(starts))
-        return None if number < 0 else starts[: number + 1]
+        size = documents_bt.numel()
+        starts, kept = (torch.empty(size + 1, dtype=torch.int64) for _ in range(2))
+        addresses = _address(starts), _address(kept)
+        runs = self._find_runs(_address(documents_bt), *documents_bt.shape, multiple, *addresses)
+        if runs < 0:
+            return None
+        return kept[: int(starts[runs])], starts[: runs + 1]
 
     def sum_of_squares(self, table: TensorTable) -> float:
         """Over all numbers of fp32 tensors; the same for any number of threads."""

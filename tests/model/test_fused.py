@@ -35,9 +35,12 @@ def packed(num_rows: int, length: int) -> dict[str, Tensor]:
 
 
 def value_and_gradients(model: Phi, weights: Tensor, *batches: tuple) -> list[Tensor]:
-    """Outputs of some passes, and what they add to the gradients."""
-    outputs = [model.hidden(ids, **packing) for ids, packing in batches]
-    for out in outputs:
+    """Outputs of some passes (zeros at padding), and what they add to the gradients."""
+    outputs = []
+    for ids, packing in batches:
+        padding = packing.get("documents_bt", torch.zeros_like(ids)) == -1
+        out = model.hidden(ids, **packing).masked_fill(padding[..., None], 0.0)
+        outputs.append(out)
         (out.float() * weights[: out.shape[0]]).sum().backward()
     return [*(out.detach().float() for out in outputs), *(p.grad for p in model.parameters())]
 
@@ -148,6 +151,17 @@ def test_what_kernels_cannot_do_takes_the_plain_layers(kernels: Kernels) -> None
             torch.testing.assert_close(model.hidden(ids, mask_bts=masks), expected)
             with pytest.raises(IndexError, match="outside 0 to 96"):
                 model.hidden(torch.tensor([[97]]))
+
+
+def test_padding_is_not_computed(kernels: Kernels, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("phiforge.model.fused._MULTIPLE", 1)
+    model, ids, packing = build(BASE), tokens(3, 20), packed(3, 20)
+    packing["documents_bt"][1] = -1
+    with fused(model, kernels):
+        out = model.hidden(ids, **packing)
+        assert not out[packing["documents_bt"] == -1].any()
+        packing["documents_bt"][:] = -1
+        assert model.hidden(ids, **packing).shape == (3, 20, 32)
 
 
 def test_positions_anywhere(kernels: Kernels) -> None:

@@ -201,10 +201,18 @@ def test_attention(
 
 
 def test_find_runs(kernels: Kernels) -> None:
-    documents = torch.tensor([[0, 0, 1, 1, 1, -1], [1, 1, 1, 1, 0, -1]], dtype=torch.int32)
-    assert kernels.find_runs(documents).tolist() == [0, 2, 5, 6, 10, 11, 12]
+    documents = torch.tensor(
+        [[0, 0, 1, 1, 1, -1], [-1] * 6, [1, 1, 1, -1, 0, -1]], dtype=torch.int32
+    )
+    kept, starts = kernels.find_runs(documents, 1)
+    assert kept.tolist() == [0, 1, 2, 3, 4, 12, 13, 14, 16]
+    assert starts.tolist() == [0, 2, 5, 8, 9]
+    kept, starts = kernels.find_runs(documents, 4)
+    assert kept.tolist() == [0, 1, 2, 3, 4, 12, 13, 14, 16, 5, 6, 7]
+    assert starts.tolist() == [0, 2, 5, 8, 9, 12]
+    assert len(kernels.find_runs(documents, 128)[0]) == 18
     documents[0, 5] = 0
-    assert kernels.find_runs(documents) is None
+    assert kernels.find_runs(documents, 1) is None
 
 
 @pytest.mark.parametrize("shadow_dtype", DTYPES)

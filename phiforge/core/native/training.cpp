@@ -242,21 +242,32 @@ void attention_backward(const T* qkv, const T* out, const float* log_sums, const
   }
 }
 
-// Where runs of equal documents start within rows [b, t], then the end; returns their number, or -1
-// when a document of a row comes back after another.
-inline int64_t find_runs(const int32_t* documents, int64_t b, int64_t t, int64_t* starts) {
-  int64_t runs = 0;
+// Tokens of rows [b, t] without padding (document -1): `kept` are their places, `starts` where runs
+// of one document begin among them, then their number. Some padding fills them up to a multiple of
+// `multiple`, as a run of its own. Returns the number of runs, or -1 when a document of a row comes
+// back after another.
+inline int64_t find_runs(const int32_t* documents, int64_t b, int64_t t, int64_t multiple,
+                         int64_t* starts, int64_t* kept) {
+  int64_t runs = 0, tokens = 0;
   std::set<int32_t> seen;
   for (int64_t row = 0; row < b; row++) {
     seen.clear();
     for (int64_t i = 0; i < t; i++) {
       const int32_t* at = documents + row * t + i;
-      if (i > 0 && at[0] == at[-1]) continue;
-      if (!seen.insert(*at).second) return -1;
-      starts[runs++] = row * t + i;
+      if (*at == -1) continue;
+      if (i == 0 || at[0] != at[-1]) {
+        if (!seen.insert(*at).second) return -1;
+        starts[runs++] = tokens;
+      }
+      kept[tokens++] = row * t + i;
     }
   }
-  starts[runs] = b * t;
+  starts[runs] = tokens;
+  const int64_t full = std::min<int64_t>(b * t, round_up(tokens, multiple));
+  if (tokens == full) return runs;
+  for (int64_t i = 0; tokens < full; i++)
+    if (documents[i] == -1) kept[tokens++] = i;
+  starts[++runs] = tokens;
   return runs;
 }
 
@@ -319,72 +330,32 @@ inline double sum_of_squares(int64_t num_tensors, const int64_t* counts,
 
 }  // namespace phi
 
-#define PHIFORGE_EXPORT(T, suffix)                                                                 \
-  void norm_##suffix(T* x, const T* before, const T* delta, const float* weight, T* y,             \
-                     float* scales, int64_t n, int64_t d, float eps) {                             \
-    phi::norm(x, before, delta, weight, y, scales, n, d, eps);                                \
-  }                                                                                                \
-  void norm_backward_##suffix(const T* x, const float* weight, const float* scales, const T* d_y,  \
-                              const T* d_skip, T* d_x, T* y, float* d_weight, int64_t n,           \
-                              int64_t d) {                                                         \
-    phi::norm_backward(x, weight, scales, d_y, d_skip, d_x, y, d_weight, n, d);               \
-  }                                                                                                \
-  void rope_##suffix(T* x, const float* cosines, const float* sines, const int64_t* positions,     \
-                     int64_t n, int64_t row, int64_t heads, int64_t head_size, int64_t r,          \
-                     float sign) {                                                                 \
-    phi::rope(x, cosines, sines, positions, n, row, heads, head_size, r, sign);                    \
-  }                                                                                                \
-  void swiglu_##suffix(const T* gate_up, T* out, int64_t n, int64_t f) {                           \
-    phi::swiglu(gate_up, out, n, f);                                                          \
-  }                                                                                                \
-  void swiglu_backward_##suffix(const T* gate_up, const T* d_out, T* d_gate_up, T* out, int64_t n, \
-                                int64_t f) {                                                       \
-    phi::swiglu_backward(gate_up, d_out, d_gate_up, out, n, f);                               \
-  }                                                                                                \
-  void cross_entropy_##suffix(T* logits, const int64_t* targets, const float* scales,              \
-                              float* losses, int64_t gradient, int64_t n, int64_t v) {             \
-    phi::cross_entropy(logits, targets, scales, losses, gradient, n, v);                      \
-  }                                                                                                \
-  void embed_##suffix(const float* table, const int64_t* ids, T* x, int64_t n, int64_t d) {        \
-    phi::embed(table, ids, x, n, d);                                                          \
-  }                                                                                                \
-  void embed_backward_##suffix(const T* d_x, const int64_t* ids, float* d_table, int64_t n,        \
-                               int64_t d) {                                                        \
-    phi::embed_backward(d_x, ids, d_table, n, d);                                             \
-  }                                                                                                \
-  void accumulate_##suffix(const T* from, float* to, int64_t count, int64_t add) {                 \
-    phi::accumulate(from, to, count, add);                                                    \
-  }                                                                                                \
-  void attention_##suffix(const T* qkv, T* out, float* log_sums, const int64_t* starts,            \
-                          int64_t runs, int64_t heads, int64_t kv_heads, int64_t head_size,        \
-                          int64_t window, float scale) {                                           \
-    phi::attention(qkv, out, log_sums, starts, runs, heads, kv_heads, head_size, window,      \
-                        scale);                                                                    \
-  }                                                                                                \
-  void attention_backward_##suffix(const T* qkv, const T* out, const float* log_sums,              \
-                                   const T* d_out, T* d_qkv, const int64_t* starts, int64_t runs,  \
-                                   int64_t heads, int64_t kv_heads, int64_t head_size,             \
-                                   int64_t window, float scale) {                                  \
-    phi::attention_backward(qkv, out, log_sums, d_out, d_qkv, starts, runs, heads, kv_heads,  \
-                                 head_size, window, scale);                                        \
-  }                                                                                                \
-  void adamw_##suffix(int64_t tensors, const int64_t* counts, float* const* weights,               \
-                      const float* const* gradients, float* const* means, float* const* squares,   \
-                      T* const* shadows, const float* decays, float clip, float lr, float beta1,   \
-                      float beta2, float eps, float correction1, float correction2) {              \
-    phi::adamw(tensors, counts, weights, gradients, means, squares, shadows, decays, clip,    \
-                    lr, beta1, beta2, eps, correction1, correction2);                              \
+// Addresses of the functions for fp32 and for bf16 values, by name.
+#define PHI_EXPORT_BOTH(name)                                                       \
+  extern "C" {                                                                      \
+  decltype(&phi::name<float>) name##_fp32 = phi::name<float>;                       \
+  decltype(&phi::name<phi::bf16>) name##_bf16 = phi::name<phi::bf16>;               \
   }
 
-extern "C" {
-PHIFORGE_EXPORT(float, fp32)
-PHIFORGE_EXPORT(phi::bf16, bf16)
+PHI_EXPORT_BOTH(norm)
+PHI_EXPORT_BOTH(norm_backward)
+PHI_EXPORT_BOTH(rope)
+PHI_EXPORT_BOTH(swiglu)
+PHI_EXPORT_BOTH(swiglu_backward)
+PHI_EXPORT_BOTH(cross_entropy)
+PHI_EXPORT_BOTH(embed)
+PHI_EXPORT_BOTH(embed_backward)
+PHI_EXPORT_BOTH(accumulate)
+PHI_EXPORT_BOTH(attention)
+PHI_EXPORT_BOTH(attention_backward)
+PHI_EXPORT_BOTH(adamw)
 
-int64_t find_runs(const int32_t* documents, int64_t b, int64_t t, int64_t* starts) {
-  return phi::find_runs(documents, b, t, starts);
+PHI_EXPORT int64_t find_runs(const int32_t* documents, int64_t b, int64_t t, int64_t multiple,
+                             int64_t* starts, int64_t* kept) {
+  return phi::find_runs(documents, b, t, multiple, starts, kept);
 }
 
-double sum_of_squares(int64_t tensors, const int64_t* counts, const float* const* values) {
+PHI_EXPORT double sum_of_squares(int64_t tensors, const int64_t* counts,
+                                 const float* const* values) {
   return phi::sum_of_squares(tensors, counts, values);
-}
 }
