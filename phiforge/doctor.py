@@ -1,4 +1,4 @@
-"""Checks what this machine offers: Python, torch, bf16, compiler, GPU, extras, memory, disk.
+"""Checks what this machine offers: Python, torch, bf16, compiler, kernels, GPU, extras, memory.
 
 Call `examine()` or `phiforge doctor`; a row is a check, its state (ok, note, missing), detail.
 """
@@ -19,6 +19,7 @@ EXTRAS = {
     "transformers": ("transformers", "any causal LM of transformers"),
     "hub": ("huggingface_hub", "model and data set names of the hub"),
     "ray": ("ray", "data work on many machines"),
+    "gguf": ("gguf", "export for llama.cpp"),
     "trl": ("trl", "the DPO parity test"),
 }
 
@@ -78,9 +79,24 @@ def _compiler() -> list[Row]:
     found = (
         shutil.which(os.environ.get("CXX", "")) or shutil.which("g++") or shutil.which("clang++")
     )
-    if found:
-        return [_row("compiler", "ok", f"{found} (torch.compile can be used)")]
-    return [_row("compiler", "note", "no C++ compiler: training runs eager, without torch.compile")]
+    if not found:
+        detail = "no C++ compiler: torch's kernels in place of ours, no torch.compile; install g++"
+        return [_row("compiler", "note", detail)]
+    return [_row("compiler", "ok", found), *_kernels()]
+
+
+def _kernels() -> list[Row]:
+    """Compiles our kernels if that was not done yet: seconds, once."""
+    from phiforge.core.native.build import describe, unavailable
+
+    rows = []
+    for name, use in (("decoder", "the engine"), ("training", "the training step")):
+        library = describe(name)
+        if library:
+            rows.append(_row(f"kernels: {name}", "ok", f"{use} runs on {library.simd}"))
+        else:
+            rows.append(_row(f"kernels: {name}", "note", f"torch instead: {unavailable(name)}"))
+    return rows
 
 
 def _memory() -> list[Row]:

@@ -189,9 +189,9 @@ class Scheduler:
         return pool.num_free >= wanted
 
     def _evict(self, wanted: int) -> None:
-        """Lets the tree go until so many blocks are free, or a few more: a search costs time."""
+        """Lets the tree go until so many blocks are free, or an eighth: a search costs time."""
         missing = wanted - self._pool.num_free
-        self._tree.evict(max(missing, self._pool.num_usable // 64))
+        self._tree.evict(max(missing, self._pool.num_usable // 8))
 
     def _copy(self, source: int, target: int) -> None:
         self.runner.copy_block(source, target)
