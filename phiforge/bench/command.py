@@ -17,10 +17,11 @@ app = typer.Typer(
     epilog="Example: `phiforge bench engine --size nano --peer transformers`",
 )
 
-SizeOption = Annotated[
-    list[str] | None,
-    typer.Option("--size", help="nano, small-100m or phi-4-layers (GPU); default: all that can."),
+_SIZE_HELP = "nano, {}small-100m or phi-4-layers (GPU); default: all that can."
+EngineSizeOption = Annotated[
+    list[str] | None, typer.Option("--size", help=_SIZE_HELP.format("pts, "))
 ]
+TrainSizeOption = Annotated[list[str] | None, typer.Option("--size", help=_SIZE_HELP.format(""))]
 PeerOption = Annotated[
     list[str] | None,
     typer.Option("--peer", help="transformers, litgpt, llama.cpp or none; default: all there are."),
@@ -39,7 +40,7 @@ OutOption = Annotated[Path | None, typer.Option(help="Also write the JSON to thi
 
 @app.command(epilog="Example: `phiforge bench engine --size small-100m --out engine.json`")
 def engine(
-    size: SizeOption = None,
+    size: EngineSizeOption = None,
     peer: PeerOption = None,
     peer_python: PythonOption = None,
     repeat: RepeatOption = 5,
@@ -56,7 +57,7 @@ def engine(
 
 @app.command(epilog="Example: `phiforge bench train --size nano --peer transformers`")
 def train(
-    size: SizeOption = None,
+    size: TrainSizeOption = None,
     peer: PeerOption = None,
     peer_python: PythonOption = None,
     repeat: RepeatOption = 5,

@@ -75,14 +75,14 @@ def groups(sizes: Sequence[str], quick: bool, setting: Setting) -> Iterator[Grou
     if quick:
         yield _tiny(setting)
         return
-    makers: dict[str, tuple[Callable[[Setting], Group], ...]] = {
-        "small-100m": (_small_100m,),
-        "nano": (_nano, _pts),
-        "phi-4-layers": (_phi_4_layers,),
+    makers: dict[str, Callable[[Setting], Group]] = {
+        "small-100m": _small_100m,
+        "nano": _nano,
+        "pts": _pts,
+        "phi-4-layers": _phi_4_layers,
     }
     for size in sizes:
-        for make in makers[size]:
-            yield make(setting)
+        yield makers[size](setting)
 
 
 def _small_100m(setting: Setting) -> Group:

@@ -32,12 +32,14 @@ class Sampler:
 
     def __init__(self, settings: dict[str, Any]) -> None:
         from phiforge.inference.engine import Engine  # training needs none
+        from phiforge.model.tokenizer import Tokenizer
 
         torch.set_num_threads(settings["threads"])
-        options = {name: settings[name] for name in ("rows", "mode", "weights", "kernels")}
-        self.engine = Engine.from_folder(settings["model"], device=settings["device"], **options)
-        # Fixed lengths: no contestant stops at an end token.
-        self.engine.tokenizer.stop_ids = frozenset()
+        names = ("device", "rows", "mode", "weights", "kernels")
+        options = {name: settings[name] for name in names}
+        tokenizer = Tokenizer.load(settings["model"])
+        tokenizer.stop_ids = frozenset()  # fixed lengths: no contestant stops at an end token
+        self.engine = Engine.from_folder(settings["model"], tokenizer=tokenizer, **options)
         self.about = {"engine": self.engine.name, "torch": torch.__version__}
 
     def run(self, request: dict[str, Any]) -> dict[str, Any]:

@@ -29,7 +29,10 @@ from phiforge.core.distributed import num_cores
 from phiforge.core.environment import code_version, environment
 from phiforge.core.usage import UsageError
 
-SIZES = ("nano", "small-100m", "phi-4-layers")
+SIZES = {
+    "engine": ("nano", "pts", "small-100m", "phi-4-layers"),
+    "train": ("nano", "small-100m", "phi-4-layers"),
+}
 _MODULES = {OURS: "phiforge.bench.ours", LIMITS: "phiforge.bench.limits"}
 
 
@@ -91,8 +94,9 @@ def say(line: str) -> None:
 
 def _check(options: Options) -> None:
     for size in options.sizes:
-        if size not in SIZES:
-            raise UsageError(f"--size {size!r}: choose one of {', '.join(SIZES)}")
+        if size not in SIZES[options.task]:
+            allowed = ", ".join(SIZES[options.task])
+            raise UsageError(f"--size {size!r}: choose one of {allowed}")
     for name in options.peer_pythons:
         check_name(name)
     if options.repeat < 1:
@@ -104,7 +108,9 @@ def _check(options: Options) -> None:
 def _sizes(options: Options, gpu_bytes: int) -> Sequence[str]:
     if "phi-4-layers" in options.sizes and not gpu_bytes:
         raise UsageError("--size phi-4-layers needs a GPU, and torch sees none")
-    return options.sizes or tuple(s for s in SIZES if s != "phi-4-layers" or gpu_bytes)
+    return options.sizes or tuple(
+        s for s in SIZES[options.task] if s != "phi-4-layers" or gpu_bytes
+    )
 
 
 def _find_peers(options: Options) -> tuple[dict[str, Path], list[str]]:

@@ -79,11 +79,13 @@ class Engine:
         weights: Format | None = None,
         kernels: Kernels = "auto",
         device: str | torch.device = "cpu",
+        tokenizer: Any = None,
     ) -> Engine:
         """An engine on a Hugging Face folder or Hub name, whose matrices are read and packed one
         by one, on `device`.
 
-        `weights` None keeps the file's format. Raises what reading the folder raises.
+        `weights` None keeps the file's format, `tokenizer` None takes the folder's. Raises what
+        reading the folder raises.
         """
         from phiforge.inference.engine.weights import from_folder
         from phiforge.model.huggingface import resolve_folder
@@ -91,7 +93,7 @@ class Engine:
 
         engine = cls.__new__(cls)
         folder = resolve_folder(folder)
-        tokenizer = Tokenizer.load(folder)
+        tokenizer = Tokenizer.load(folder) if tokenizer is None else tokenizer
         engine._set_up(tokenizer, rows, mode, max_cache_tokens, weights, kernels)
         engine.model = None
         loaded = from_folder(folder, weights, device)
