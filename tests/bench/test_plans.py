@@ -58,7 +58,7 @@ def test_choosing_peers():
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
-        ({"sizes": ("huge",)}, "--size 'huge': choose one of nano, small-100m, phi-4-layers"),
+        ({"sizes": ("huge",)}, "--size 'huge': choose one of nano, pts, small-100m, phi-4-layers"),
         ({"repeat": 0}, "--repeat is 0"),
         ({"threads": -1}, "--threads is -1"),
         ({"peer_pythons": {"vllm": "x"}}, "no peer 'vllm'"),
