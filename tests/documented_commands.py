@@ -1,8 +1,8 @@
 """Runs every `phiforge` command and Python example of README.md and docs/, on ci in place of nano.
 
 Run: python tests/documented_commands.py RUNS_FOLDER (which may hold a finished ci run).
-Commands stand in ```sh blocks, examples in ```python blocks; each must exit with 0. `phiforge chat`
-gets one question.
+Commands stand in ```sh blocks, examples in ```python blocks (a page's are one program); each must
+exit with 0. `phiforge chat` gets one question.
 """
 
 import re
@@ -20,9 +20,11 @@ def commands() -> list[tuple[str, str]]:
     found = []
     for page in [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]:
         blocks = re.findall(r"^```(sh|python)\n(.*?)^```", page.read_text(), re.M | re.S)
+        examples = [block for language, block in blocks if language == "python"]
+        if examples:  # one program: what a page's first example makes, the next ones use
+            found.append((page.name, "\n".join(examples)))
         for language, block in blocks:
             if language == "python":
-                found.append((page.name, block))
                 continue
             for line in block.replace("\\\n", " ").splitlines():
                 line = line.partition("  #")[0].strip()
