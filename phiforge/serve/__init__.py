@@ -1,4 +1,4 @@
-"""Ways to talk to a model: so far the terminal.
+"""Ways to talk to a model: the OpenAI-compatible server and the terminal.
 
-`phiforge.serve.terminal.chat("runs/nano-s0")`. Nothing is written.
+`phiforge serve runs/nano-s0`, `phiforge chat runs/nano-s0`. Nothing is written.
 """

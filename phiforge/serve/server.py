@@ -68,11 +68,16 @@ def serve(
 
     from phiforge.core.distributed import resolve_device
     from phiforge.inference.engine import Engine
+    from phiforge.model.huggingface import resolve_folder
 
     if weights is not None and weights not in get_args(Format):
         raise UsageError(f"--weights is {weights!r}; allowed: {', '.join(get_args(Format))}")
     keys = read_keys(api_key_env, api_key_file)
     folder = find_model(model)
+    try:
+        resolve_folder(folder)
+    except FileNotFoundError as error:
+        raise UsageError(str(error)) from error
     listener = bind(host, port)
     with contextlib.closing(listener):
         if threads is not None:

@@ -198,15 +198,20 @@ void accumulate(const T* from, float* to, int64_t count, int64_t add) {
     });
 }
 
+int64_t longest_run(const int64_t* starts, int64_t num_runs) {
+  int64_t longest = 0;
+  for (int64_t run = 0; run < num_runs; run++)
+    longest = std::max(longest, starts[run + 1] - starts[run]);
+  return longest;
+}
+
 template <class T>
 void attention(const T* qkv, T* out, float* log_sums, const int64_t* starts, int64_t num_runs,
                int64_t num_heads, int64_t num_kv_heads, int64_t head_size, int64_t window,
                float scale) {
   const AttentionShape s{num_heads, num_kv_heads, head_size, window, scale,
                          int((head_size + 15) / 16 * 16)};
-  int64_t longest = 0;
-  for (int64_t run = 0; run < num_runs; run++)
-    longest = std::max(longest, starts[run + 1] - starts[run]);
+  const int64_t longest = longest_run(starts, num_runs);
 #pragma omp parallel
   {
     Scratch scratch(forward_scratch(s, longest));
@@ -226,9 +231,7 @@ void attention_backward(const T* qkv, const T* out, const float* log_sums, const
                         int64_t num_kv_heads, int64_t head_size, int64_t window, float scale) {
   const AttentionShape s{num_heads, num_kv_heads, head_size, window, scale,
                          int((head_size + 15) / 16 * 16)};
-  int64_t longest = 0;
-  for (int64_t run = 0; run < num_runs; run++)
-    longest = std::max(longest, starts[run + 1] - starts[run]);
+  const int64_t longest = longest_run(starts, num_runs);
 #pragma omp parallel
   {
     Scratch scratch(backward_scratch(s, longest));

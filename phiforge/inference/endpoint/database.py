@@ -97,5 +97,5 @@ def is_alive(owner: str) -> bool:
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass
+        pass  # it runs, as another user
     return started == _started(int(process))
