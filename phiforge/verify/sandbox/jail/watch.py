@@ -1,0 +1,92 @@
+"""Looks at running programs from outside: their processes, their memory, the files they leave.
+
+`Guard(...).exceeded()` says which bound of a run was passed, or None; a few system calls each time.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+
+def children_of(pid: int, proc: int) -> list[int]:
+    """Direct children of all threads of a process; empty once it is gone. `proc`: /proc, opened."""
+    found: list[int] = []
+    try:
+        tasks = os.open(f"{pid}/task", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
+    except OSError:
+        return found
+    try:
+        for thread in os.listdir(tasks):
+            found += [int(word) for word in _text(f"{thread}/children", tasks).split()]
+    except OSError:
+        pass  # it ended between two looks
+    finally:
+        os.close(tasks)
+    return found
+
+
+def descendants_of(pid: int, proc: int) -> list[int]:
+    """All processes below `pid`, without itself."""
+    found: list[int] = []
+    waiting = children_of(pid, proc)
+    while waiting:
+        found.append(waiting.pop())
+        waiting += children_of(found[-1], proc)
+    return found
+
+
+def _text(name: str, folder: int) -> str:
+    try:
+        descriptor = os.open(name, os.O_RDONLY | os.O_CLOEXEC, dir_fd=folder)
+    except OSError:
+        return ""
+    try:
+        return os.read(descriptor, 65536).decode(errors="replace")
+    except OSError:
+        return ""
+    finally:
+        os.close(descriptor)
+
+
+def own_memory(pid: int, proc: int) -> int:
+    """Bytes of resident memory that a process does not share with a file."""
+    total = 0
+    for line in _text(f"{pid}/status", proc).splitlines():
+        if line.startswith(("RssAnon:", "RssShmem:")):
+            total += int(line.split()[1]) * 1024
+    return total
+
+
+class Guard:
+    """Bounds that no resource limit of the kernel covers, checked many times a second."""
+
+    def __init__(self, child: int, proc: int, limits: dict[str, Any], work: str | None) -> None:
+        self._child, self._proc, self._limits, self._work = child, proc, limits, work
+
+    def exceeded(self) -> str | None:
+        """ "memory" of all processes together, or "disk" where the work folder has no own bound."""
+        family = [self._child, *descendants_of(self._child, self._proc)]
+        if sum(own_memory(pid, self._proc) for pid in family) > self._limits["memory_bytes"]:
+            return "memory"
+        if self._work is not None and self._disk_exceeded(self._work):
+            return "disk"
+        return None
+
+    def _disk_exceeded(self, work: str) -> bool:
+        num_files = num_bytes = 0
+        folders = [work]
+        while folders:
+            try:
+                with os.scandir(folders.pop()) as entries:
+                    for entry in entries:
+                        num_files += 1
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(entry.path)
+                        else:
+                            num_bytes += entry.stat(follow_symlinks=False).st_blocks * 512
+                        if num_files > self._limits["num_files"]:
+                            return True
+            except OSError:
+                continue  # removed meanwhile
+        return num_bytes > self._limits["disk_bytes"]
