@@ -18,6 +18,7 @@ import typer
 from phiforge import __version__
 from phiforge.bench.command import app as bench_app
 from phiforge.serve.command import serve
+from phiforge.verify.command import app as sandbox_app
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -29,6 +30,7 @@ app = typer.Typer(
 )
 
 app.add_typer(bench_app, name="bench")
+app.add_typer(sandbox_app, name="sandbox")
 app.command(epilog="Example: `phiforge serve runs/nano-s0 --port 8000`")(serve)
 
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder that holds the run folders.")]

@@ -1,4 +1,4 @@
-"""Checks what this machine offers: Python, torch, bf16, compiler, kernels, GPU, extras, memory.
+"""Checks what this machine offers: Python, torch, bf16, compiler, kernels, GPU, sandbox, extras.
 
 Call `examine()` or `phiforge doctor`; a row is a check, its state (ok, note, missing), detail.
 """
@@ -30,6 +30,7 @@ def examine() -> list[Row]:
         _python,
         _torch,
         _compiler,
+        _sandbox,
         _memory,
         _disk,
         _extras,
@@ -97,6 +98,19 @@ def _kernels() -> list[Row]:
         else:
             rows.append(_row(f"kernels: {name}", "note", f"torch instead: {unavailable(name)}"))
     return rows
+
+
+def _sandbox() -> list[Row]:
+    """Starts one, which tries every layer: half a second."""
+    from phiforge.verify.sandbox import Sandbox, SandboxUnavailable
+
+    try:
+        with Sandbox() as sandbox:
+            layers = sandbox.layers
+    except SandboxUnavailable as error:
+        return [_row("sandbox", "missing", str(error))]
+    rows = [_row("sandbox", "ok", f"{layers.backend}: {', '.join(layers.active)}")]
+    return rows + [_row(f"sandbox: {name}", "note", why) for name, why in layers.missing.items()]
 
 
 def _memory() -> list[Row]:

@@ -29,6 +29,7 @@ COMMANDS = (
     "serve",
     "convert",
     "bench",
+    "sandbox",
     "doctor",
     "init",
 )

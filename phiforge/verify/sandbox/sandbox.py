@@ -137,8 +137,11 @@ class Sandbox:
         with self._lock:
             self._channel.close()
             if self._owner == os.getpid():
-                self._server.kill()
-                self._server.wait()
+                try:
+                    self._server.wait(_GRACE_SECONDS)
+                except subprocess.TimeoutExpired:
+                    self._server.kill()
+                    self._server.wait()
                 shutil.rmtree(self._scratch, ignore_errors=True)
 
     def __del__(self) -> None:
@@ -195,6 +198,8 @@ class Sandbox:
         if not layers.enough and not self._unsafe:
             self.close()
             raise SandboxUnavailable(_refusal(layers))
+        if "file tree" in layers.active:  # it was built there, and is in use no more
+            os.rmdir(self._scratch)
         return layers
 
     def run(self, task: Mapping[str, Any], limits: Limits = DEFAULT_LIMITS) -> Outcome:

@@ -12,6 +12,8 @@ import json
 import os
 import platform
 import select
+import shutil
+import signal
 import socket
 import struct
 import sys
@@ -21,6 +23,7 @@ from typing import Any, NoReturn
 from . import confine, kernel, landlock, seccomp, supervise, tree
 
 _MESSAGE_BYTES = 1 << 16
+_REAP_MILLISECONDS = 500
 _TRIAL_LIMITS = {
     "cpu_seconds": 10,
     "wall_seconds": 30.0,
@@ -50,35 +53,47 @@ def serve(channel: socket.socket, client: int, plan: supervise.Plan, proc: int) 
     gc.collect()
     gc.freeze()  # keeps pages shared between the runs
     server = os.getpid()
+    supervisors: set[int] = set()
     poller = select.poll()
     poller.register(channel, select.POLLIN)
     poller.register(client, select.POLLIN)
     while True:
-        ready = dict(poller.poll(500))
-        _reap()
+        ready = dict(poller.poll(_REAP_MILLISECONDS))
+        _reap(supervisors)
         if client in ready:
-            os._exit(0)
+            _end(supervisors, plan)
         if not ready:
             continue
         message, descriptors, _, _ = socket.recv_fds(channel, 16, 4)
         if not message:
-            os._exit(0)
-        if os.fork() == 0:
+            _end(supervisors, plan)
+        pid = os.fork()
+        if pid == 0:
             channel.close()
             os.close(client)
             connection = socket.socket(fileno=descriptors[0])
             ends = supervise.Descriptors(*descriptors[1:])
             supervise.supervise(connection, ends, plan, proc, server)
+        supervisors.add(pid)
         for descriptor in descriptors:
             os.close(descriptor)
 
 
-def _reap() -> None:
-    try:
-        while os.waitpid(-1, os.WNOHANG)[0]:
-            pass
-    except ChildProcessError:
-        pass
+def _reap(supervisors: set[int]) -> None:
+    while supervisors:
+        pid, _ = os.waitpid(-1, os.WNOHANG)
+        if not pid:
+            return
+        supervisors.discard(pid)
+
+
+def _end(supervisors: set[int], plan: supervise.Plan) -> NoReturn:
+    """End every run and leave nothing behind: a supervisor's death is its program's."""
+    for pid in supervisors:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+    shutil.rmtree(plan.scratch, ignore_errors=True)
+    os._exit(0)
 
 
 def prepare(settings: dict[str, Any]) -> tuple[supervise.Plan, dict[str, Any]]:
@@ -207,7 +222,7 @@ def _run_nothing(plan: supervise.Plan, proc: int) -> str | None:
     result = json.loads(answer or b'{"failed": "the supervisor ended"}')
     if result.get("ended") == "exited" and result.get("returncode") == 0:
         return None
-    return result.get("failed") or f"{said or result}"
+    return result.get("failed") or (said.splitlines() or [f"{result}"])[-1]
 
 
 def _enter_tree(plan: supervise.Plan, settings: dict[str, Any]) -> None:
