@@ -319,9 +319,8 @@ def fates(
     return {name: decisions[name] for name in NUMBERS[machine] if name in decisions}
 
 
-@lru_cache(maxsize=8)
 def program(machine: str, *, processes: bool = True, own_pid: int | None = None) -> bytes:
-    """The packed `struct sock_filter` array for one machine.
+    """The packed `struct sock_filter` array for one machine; the last ones are remembered.
 
     `processes=False` refuses new processes; threads stay. `own_pid` lets signals go to that process
     alone, and the limits, priority and processors of that process alone be set.
@@ -330,6 +329,11 @@ def program(machine: str, *, processes: bool = True, own_pid: int | None = None)
         raise ValueError(f"machine {machine!r}: the filter knows {', '.join(MACHINES)} only")
     if own_pid is not None and not 0 < own_pid < 2**22:
         raise ValueError(f"own_pid {own_pid}: a process id lies between 1 and {2**22 - 1}")
+    return _pack(machine, processes, own_pid)
+
+
+@lru_cache(maxsize=8)
+def _pack(machine: str, processes: bool, own_pid: int | None) -> bytes:
     code: list[_Instruction] = [
         (_LOAD, 0, 0, _ARCHITECTURE),
         (_IF_EQUAL, 1, 0, _AUDIT_ARCHITECTURE[machine]),
@@ -339,6 +343,6 @@ def program(machine: str, *, processes: bool = True, own_pid: int | None = None)
     if machine == "x86_64":
         code += [(_IF_ANY_BIT, 0, 1, _X32), (_RETURN, 0, 0, KILL)]
     by_name = fates(machine, processes=processes, own_pid=own_pid)
-    cases = [(NUMBERS[machine][name], decision) for name, decision in by_name.items()]
-    code += _resolve(_search(_ranges(cases, ENOSYS), _leaf))
+    by_number = [(NUMBERS[machine][name], decision) for name, decision in by_name.items()]
+    code += _resolve(_search(_ranges(by_number, ENOSYS), _leaf))
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)
