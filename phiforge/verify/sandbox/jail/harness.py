@@ -170,7 +170,12 @@ def _execute(source: str, filename: str, namespace: dict) -> None:
     """Compile and run; the lines are kept for tracebacks."""
     lines = source.splitlines(keepends=True)
     linecache.cache[filename] = (len(source), None, lines, filename)
-    exec(compile(source, filename, "exec", dont_inherit=True), namespace)
+    try:
+        code = compile(source, filename, "exec", dont_inherit=True)
+    except (MemoryError, RecursionError, OverflowError) as error:  # the parser's, not the run's
+        name = type(error).__name__
+        raise SyntaxError(f"{name} while compiling: nested too deeply, or too large") from None
+    exec(code, namespace)
 
 
 def _exit_code(stop: SystemExit) -> int:
@@ -277,7 +282,7 @@ def _call(task: dict) -> dict:
         stage = "value"
         _calm()
         text = json.dumps(value)
-        if len(text) > MAX_VALUE:
+        if len(json.dumps(text)) > MAX_VALUE:
             return {"done": True, "digest": digest(json.loads(text)), "length": len(text)}
     except BaseException as error:
         _calm()
