@@ -127,19 +127,23 @@ def read_records(path: str | Path, kind: type[Record]) -> Iterator[Record]:
 
     Raises FileNotFoundError for a missing path and ValueError ("FILE:LINE: ...") for bad content.
     """
+    for where, row in read_rows(path):
+        yield from_dict(kind, row, where)
+
+
+def read_rows(path: str | Path) -> Iterator[tuple[str, Any]]:
+    """As `read_records`, for rows of any shape: yields ("FILE:LINE", the parsed row)."""
     path = Path(path)
     if path.is_dir():
         files = sorted(p for p in path.iterdir() if is_record_file(p))
         if not files:
             raise ValueError(f"{path}: no .jsonl, .jsonl.gz or .parquet file in this folder")
         for file in files:
-            yield from read_records(file, kind)
+            yield from read_rows(file)
         return
     if not path.exists():
         raise FileNotFoundError(f"{path}: no such file; check the path or run the stage before")
-    rows = _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
-    for where, row in rows:
-        yield from_dict(kind, row, where)
+    yield from _parquet_rows(path) if path.suffix == ".parquet" else _json_rows(path)
 
 
 def is_record_file(path: Path) -> bool:

@@ -94,7 +94,12 @@ def check(
 def _attack(sandbox: Any, quiet: bool) -> list[Any]:
     from phiforge.verify.sandbox.hostile import attack
 
-    return attack(sandbox, progress=None if quiet else lambda line: typer.echo(line, err=True))
+    return attack(sandbox, progress=None if quiet else _say)
+
+
+def _say(finding: Any) -> None:
+    held = "held     " if finding.contained else "NOT HELD "
+    typer.echo(f"{held} {finding.name:28} {finding.evidence}", err=True)
 
 
 @app.command(epilog="Example: `phiforge sandbox run program.py --cpu-seconds 10`")
@@ -164,3 +169,54 @@ def _text(path: Path) -> str:
         raise UsageError(f"{path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UsageError(f"{path}: not UTF-8 at byte {error.start}") from None
+
+
+@app.command("test", epilog="Example: `phiforge sandbox test HumanEval.jsonl --reference gold`")
+def judge_file(
+    problems: Annotated[
+        Path, typer.Argument(help="HumanEval or MBPP rows, or rows with a list `tests`.")
+    ],
+    samples: Annotated[
+        Path | None, typer.Argument(help="Rows of task_id and completion, solution or response.")
+    ] = None,
+    reference: Annotated[
+        str | None, typer.Option(help="gold: the problems' own solutions; stub: empty functions.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="JSONL of verdicts; a stopped run goes on from it.")
+    ] = None,
+    workers: Annotated[int | None, typer.Option(min=1, help="Runs at a time.")] = None,
+    cpu_seconds: CpuOption = 5,
+    wall_seconds: WallOption = 20.0,
+    memory_mib: MemoryOption = 512,
+    preload: PreloadOption = None,
+    backend: BackendOption = "auto",
+    warm: WarmOption = True,
+    unsafe: UnsafeOption = False,
+    json_output: JsonOption = False,
+) -> None:
+    """Judge solutions by their problems' tests: pass, fail, timeout, memory, crash, refused."""
+    from phiforge.core.usage import UsageError
+    from phiforge.verify import samples as judged
+
+    if (samples is None) == (reference is None) or reference not in (None, "gold", "stub"):
+        raise UsageError("give a file of samples, or --reference gold or --reference stub")
+    known = judged.read_problems(problems)
+    if samples is not None:
+        wanted = judged.read_samples(samples, known)
+    else:
+        wanted = list(judged.reference_samples(known.values(), reference))  # type: ignore[arg-type]
+    limits = _limits(cpu_seconds, wall_seconds, memory_mib)
+    with _open(backend=backend, warm=warm, unsafe=unsafe, preload=preload) as sandbox:
+        rows = judged.judge(known, wanted, out, sandbox, limits, workers)
+    result = judged.summary(rows)
+    if json_output:
+        typer.echo(json.dumps({**result, "rows": rows if out is None else []}, indent=1))
+        return
+    for verdict, count in result["verdicts"].items():
+        typer.echo(f"{verdict:8} {count}")
+    low, high = (100 * bound for bound in result["interval"])
+    typer.echo(
+        f"{100 * result['pass_rate']:.1f} % of {result['samples']} samples of "
+        f"{result['problems']} problems pass [{low:.1f}, {high:.1f}]"
+    )

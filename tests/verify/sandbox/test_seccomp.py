@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from phiforge.verify.sandbox.jail import seccomp
 from phiforge.verify.sandbox.jail.seccomp import ALLOW, ENOSYS, EPERM, KILL, MACHINES, refuse
-from phiforge.verify.sandbox.jail.syscalls import ALLOWED, NUMBERS, REFUSED
+from phiforge.verify.sandbox.jail.syscalls import ALLOWED, METADATA, NUMBERS, REFUSED
 
 ARCHITECTURES = {"x86_64": 0xC000003E, "aarch64": 0xC00000B7}
 FOREIGN = {"i386": 0x40000003, "arm": 0x40000028, "riscv64": 0xC00000F3}
@@ -395,3 +395,10 @@ def test_other_processes_keep_their_limits(machine):
         assert fate(machine, "sched_setaffinity", pid, own_pid=OWN) == expected
         assert fate(machine, "setpriority", 0, pid, own_pid=OWN) == expected
     assert fate(machine, "pidfd_send_signal", 3, 9, own_pid=OWN) == EPERM
+
+
+@both_machines
+def test_modes_and_times_of_files_can_be_locked(machine):
+    for name in METADATA & set(NUMBERS[machine]):
+        assert fate(machine, name, metadata=False) == EPERM
+        assert fate(machine, name) == ALLOW

@@ -29,6 +29,7 @@ class Order:
     use_landlock: bool
     use_seccomp: bool
     processes: bool  # whether new processes are allowed
+    metadata: bool  # whether modes and times of files may be set
 
 
 def confine(order: Order) -> None:
@@ -40,7 +41,9 @@ def confine(order: Order) -> None:
         landlock.restrict(list(order.readable), list(order.writable), list(order.devices))
     if order.use_seccomp:
         own = None if order.processes else os.getpid()
-        program = seccomp.program(order.machine, processes=order.processes, own_pid=own)
+        program = seccomp.program(
+            order.machine, processes=order.processes, own_pid=own, metadata=order.metadata
+        )
         kernel.install_filter(program)
 
 

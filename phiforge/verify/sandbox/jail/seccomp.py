@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Union
 
-from .syscalls import ALLOWED, NUMBERS, REFUSED
+from .syscalls import ALLOWED, METADATA, NUMBERS, REFUSED
 
 MACHINES = tuple(NUMBERS)
 
@@ -306,7 +306,7 @@ def _resolve(search: list[_Instruction]) -> list[_Instruction]:
 
 
 def fates(
-    machine: str, *, processes: bool = True, own_pid: int | None = None
+    machine: str, *, processes: bool = True, own_pid: int | None = None, metadata: bool = True
 ) -> dict[str, Decision]:
     """What happens to each call by name; calls missing here fail with ENOSYS.
 
@@ -316,24 +316,30 @@ def fates(
     decisions: dict[str, Decision] = dict.fromkeys(ALLOWED, ALLOW)
     decisions |= dict.fromkeys(REFUSED, EPERM)
     decisions |= _files() | _socket_pairs() | _processes(processes, own_pid)
+    if not metadata:
+        decisions |= dict.fromkeys(METADATA, EPERM)
     return {name: decisions[name] for name in NUMBERS[machine] if name in decisions}
 
 
-def program(machine: str, *, processes: bool = True, own_pid: int | None = None) -> bytes:
+def program(
+    machine: str, *, processes: bool = True, own_pid: int | None = None, metadata: bool = True
+) -> bytes:
     """The packed `struct sock_filter` array for one machine; the last ones are remembered.
 
     `processes=False` refuses new processes; threads stay. `own_pid` lets signals go to that process
-    alone, and the limits, priority and processors of that process alone be set.
+    alone, and the limits, priority and processors of that process alone be set. `metadata=False`
+    refuses what Landlock does not see: modes and times of files, and before its third version
+    their truncation by name; without a read-only tree these would reach the user's own files.
     """
     if machine not in MACHINES:
         raise ValueError(f"machine {machine!r}: the filter knows {', '.join(MACHINES)} only")
     if own_pid is not None and not 0 < own_pid < 2**22:
         raise ValueError(f"own_pid {own_pid}: a process id lies between 1 and {2**22 - 1}")
-    return _pack(machine, processes, own_pid)
+    return _pack(machine, processes, own_pid, metadata)
 
 
 @lru_cache(maxsize=8)
-def _pack(machine: str, processes: bool, own_pid: int | None) -> bytes:
+def _pack(machine: str, processes: bool, own_pid: int | None, metadata: bool) -> bytes:
     code: list[_Instruction] = [
         (_LOAD, 0, 0, _ARCHITECTURE),
         (_IF_EQUAL, 1, 0, _AUDIT_ARCHITECTURE[machine]),
@@ -342,7 +348,7 @@ def _pack(machine: str, processes: bool, own_pid: int | None) -> bytes:
     ]
     if machine == "x86_64":
         code += [(_IF_ANY_BIT, 0, 1, _X32), (_RETURN, 0, 0, KILL)]
-    by_name = fates(machine, processes=processes, own_pid=own_pid)
+    by_name = fates(machine, processes=processes, own_pid=own_pid, metadata=metadata)
     by_number = [(NUMBERS[machine][name], decision) for name, decision in by_name.items()]
     code += _resolve(_search(_ranges(by_number, ENOSYS), _leaf))
     return b"".join(struct.pack("=HBBI", *instruction) for instruction in code)

@@ -146,6 +146,7 @@ def _base_plan(
         use_landlock=bool(abi) and "landlock" not in without,
         use_seccomp=filters,
         processes=True,
+        metadata=True,
     )
     return supervise.Plan(
         namespaces=True,
@@ -164,7 +165,7 @@ def _base_plan(
 def _candidates(
     base: supervise.Plan, without: set[str], wrapper: list[str]
 ) -> list[supervise.Plan]:
-    alone = replace(base.order, processes=False)
+    alone = replace(base.order, processes=False, metadata=False)
     poorest = replace(base, namespaces=False, user_namespace=False, order=alone)
     if wrapper:
         return [replace(poorest, order=replace(base.order, use_landlock=False))]
@@ -247,7 +248,7 @@ def _describe(plan: supervise.Plan, missing: dict[str, str]) -> dict[str, Any]:
     if order.use_landlock:
         active["landlock"] = f"ABI {landlock.version()}"
     if order.use_seccomp:
-        rest = "" if order.processes else "; no new processes, signals to oneself only"
+        rest = "" if order.processes else "; no new processes, signals to oneself only, no chmod"
         active["seccomp"] = f"allowlist for {order.machine}{rest}"
     active["resource limits"] = "time, memory, output, disk, files" + (
         ", processes" if order.processes else ""

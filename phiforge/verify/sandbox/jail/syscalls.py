@@ -155,6 +155,13 @@ ALLOWED = frozenset(
     ).split()
 )
 
+# Allowed in a tree of one's own; Landlock alone would let them reach files outside.
+METADATA = frozenset(
+    """
+    chmod fchmod fchmodat fchmodat2 utime utimes futimesat utimensat truncate
+    """.split()
+)
+
 _NETWORK = "socket connect bind listen accept accept4 sendmmsg recvmmsg"
 # Reading, writing or stopping other processes, or taking their descriptors.
 _OTHER_PROCESSES = """
