@@ -81,12 +81,20 @@ class Guard:
                 with os.scandir(folders.pop()) as entries:
                     for entry in entries:
                         num_files += 1
-                        if entry.is_dir(follow_symlinks=False):
-                            folders.append(entry.path)
-                        else:
-                            num_bytes += entry.stat(follow_symlinks=False).st_blocks * 512
+                        num_bytes += _allocated(entry)
                         if num_files > self._limits["num_files"]:
                             return True
-            except OSError:
+                        if entry.is_dir(follow_symlinks=False):
+                            folders.append(entry.path)
+            except (FileNotFoundError, NotADirectoryError):
                 continue  # removed meanwhile
+            except OSError:
+                return True  # closed to us, or too deep for a path: files could hide there
         return num_bytes > self._limits["disk_bytes"]
+
+
+def _allocated(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat(follow_symlinks=False).st_blocks * 512
+    except FileNotFoundError:
+        return 0  # removed meanwhile, which must not hide its neighbours
