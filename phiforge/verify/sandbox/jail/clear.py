@@ -1,6 +1,6 @@
 """Removes a folder that a foreign program filled: however deep, closed or oddly named.
 
-`remove(folder)` follows no link and needs no depth of its own. No process of the program may live.
+`remove(folder)` follows no link and needs no depth of its own: a program that still runs cannot mislead it.
 """
 
 from __future__ import annotations
@@ -19,8 +19,7 @@ def remove(folder: str) -> None:
     would reach the longest path that the kernel takes, or Python's limit of recursion.
     """
     with contextlib.suppress(OSError):
-        os.chmod(folder, 0o700)
-        top = os.open(folder, _OPEN)
+        top = _open(folder, None)
         try:
             before = None
             while (names := set(os.listdir(top))) and names != before:
@@ -42,7 +41,7 @@ def _remove_entry(name: str, top: int) -> None:
         try:
             for entry in os.listdir(inner):
                 if _is_folder(entry, inner):
-                    os.chmod(entry, 0o700, dir_fd=inner)  # moving a folder writes its ".."
+                    os.close(_open(entry, inner))  # moving a folder writes its ".."
                     new = os.urandom(12).hex()  # no name that the program could have foreseen
                     os.rename(entry, new, src_dir_fd=inner, dst_dir_fd=top)
                 else:
@@ -56,6 +55,11 @@ def _is_folder(name: str, parent: int) -> bool:
     return stat.S_ISDIR(os.stat(name, dir_fd=parent, follow_symlinks=False).st_mode)
 
 
-def _open(name: str, parent: int) -> int:
-    os.chmod(name, 0o700, dir_fd=parent)
-    return os.open(name, _OPEN, dir_fd=parent)
+def _open(name: str, parent: int | None) -> int:
+    """A descriptor of a folder, which is opened to us first; never one that a link leads to."""
+    place = os.open(name, os.O_PATH | _OPEN, dir_fd=parent)
+    try:
+        os.chmod(f"/proc/self/fd/{place}", 0o700)  # the very folder, whatever the name is by now
+        return os.open(".", _OPEN, dir_fd=place)
+    finally:
+        os.close(place)
