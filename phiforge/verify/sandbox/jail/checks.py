@@ -16,6 +16,7 @@ import types
 from collections.abc import Callable, Iterator
 
 BUILTINS = dict(vars(builtins))  # as they were before foreign code ran
+__builtins__ = dict(BUILTINS)  # where the functions below look: no program can reach it by name
 FILENAME = "test.py"
 MAX_TEXT = 300
 

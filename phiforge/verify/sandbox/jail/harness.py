@@ -25,7 +25,9 @@ MAX_MESSAGE = 2000  # characters of an exception's message in a report
 MAX_VALUE = 48 * 1024  # characters of a returned value in a report; longer ones are hashed
 RECURSION_LIMIT = 1000  # Python's own, counted from the program's first frame
 
-# Taken before foreign code runs, which may put something else in their place.
+# Taken before foreign code runs, which may put something else in their place. The functions below
+# look builtins up in a copy that no program can reach by name.
+__builtins__ = dict(checks.BUILTINS)
 _settrace, _setprofile, _setrecursionlimit = sys.settrace, sys.setprofile, sys.setrecursionlimit
 _getpid, _exit = os.getpid, os._exit
 
@@ -33,8 +35,8 @@ _getpid, _exit = os.getpid, os._exit
 def run(task: dict[str, Any]) -> tuple[int, dict[str, Any] | None]:
     """Run a task of a kind in KINDS: the exit code and what can be said of the run; never raises.
 
-    "seal", if the task has one, comes back in the report: a program that writes a report of its
-    own has to find it first.
+    "seal", if the task has one, comes back in the report of a run that reached its end: a program
+    that writes such a report of its own, or changes ours, has to find the seal first.
     """
     owner, streams = _getpid(), (sys.stdout, sys.stderr)
     kind, seal = task.get("kind"), task.pop("seal", None)
@@ -56,7 +58,7 @@ def run(task: dict[str, Any]) -> tuple[int, dict[str, Any] | None]:
         code, report = 1, failure(error, "end")
     if _getpid() != owner:  # the program forked: the report is the first process's alone
         _exit(code)
-    if seal is not None:
+    if seal is not None and report.get("done") is True:
         report["seal"] = seal
     return code, report
 
@@ -115,6 +117,7 @@ def _quiet() -> None:
 
 def _calm() -> None:
     """The program is over: from here on nothing of it should get in our way."""
+    builtins.__dict__.update(checks.BUILTINS)
     _setrecursionlimit(10 * RECURSION_LIMIT)
     _quiet()
 
