@@ -11,7 +11,6 @@ import json
 import os
 import platform
 import selectors
-import shutil
 import socket
 import struct
 import subprocess
@@ -21,12 +20,12 @@ import time
 from collections import deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from phiforge.verify.sandbox import interpreter
-from phiforge.verify.sandbox.jail import seccomp, start, supervise
+from phiforge.verify.sandbox import backends, interpreter
+from phiforge.verify.sandbox.jail import clear, seccomp, start, supervise
 from phiforge.verify.sandbox.layers import Layers
 from phiforge.verify.sandbox.limits import Limits
 
@@ -35,6 +34,10 @@ Ended = Literal["exited", "signal", "timeout", "memory", "output", "disk"]
 
 WITHOUT = ("namespaces", "landlock", "seccomp")
 DEFAULT_LIMITS = Limits()
+_ADVICE = (
+    ": enable user namespaces or Landlock, install bubblewrap, or pass unsafe=True (--unsafe) "
+    "where losing this machine's files is acceptable"
+)
 _START_SECONDS = 120.0  # preloaded modules may be large
 _GRACE_SECONDS = 10.0  # beyond the wall limit, for the supervisor to clear up
 _CHUNK = 65536
@@ -105,6 +108,10 @@ class Sandbox:
         unknown = sorted(set(without) - set(WITHOUT))
         if unknown:
             raise ValueError(f"without: {', '.join(unknown)}; layers are {', '.join(WITHOUT)}")
+        if backend not in ("auto", *backends.NAMES):
+            raise ValueError(f"backend: {backend!r}; choose auto, {', '.join(backends.NAMES)}")
+        if preload and backend in backends.NAMES[1:]:
+            raise ValueError(f"preload: {backend} starts a new interpreter for every run")
         missing = [str(path) for path in readable if not Path(path).exists()]
         if missing:
             raise ValueError(f"readable: {', '.join(missing)} does not exist")
@@ -115,7 +122,7 @@ class Sandbox:
         self._unsafe = unsafe
         self._python = interpreter.describe(python)
         self._readable = [str(Path(path).absolute()) for path in readable]
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()
         self.layers: Layers = self._start()
 
     @staticmethod
@@ -142,7 +149,7 @@ class Sandbox:
                 except subprocess.TimeoutExpired:
                     self._server.kill()
                     self._server.wait()
-                shutil.rmtree(self._scratch, ignore_errors=True)
+                clear.remove(self._scratch)
 
     def __del__(self) -> None:
         if hasattr(self, "_scratch"):
@@ -150,12 +157,37 @@ class Sandbox:
                 self.close()
 
     def _start(self) -> Layers:
+        """Start the server of the first backend that isolates files and network here."""
         self._owner = os.getpid()
+        names = backends.NAMES if self._backend == "auto" else (self._backend,)
+        attempts = [(name, False) for name in names]
+        if self._unsafe:
+            attempts.append((names[0], True))
+        refusals: dict[str, str] = {}
+        for name, unsafe in attempts:
+            try:
+                layers = self._start_server(name, unsafe)
+            except SandboxUnavailable as error:
+                refusals[name] = str(error)
+            else:
+                refusals.pop(name, None)
+                return replace(layers, missing={**layers.missing, **refusals})
+        reasons = "; ".join(f"{name}: {why}" for name, why in refusals.items())
+        advice = _ADVICE if "native" in names else ""
+        raise SandboxUnavailable(f"{reasons}. Foreign code is not run{advice}")
+
+    def _start_server(self, backend: str, unsafe: bool) -> Layers:
+        jail_folder = str(Path(__file__).parent)
+        readable = [*self._python.paths(), jail_folder, *self._readable]
+        wrapper = None
+        if backend != "native":
+            wrapper, why = backends.find(backend, self._python, jail_folder, readable)
+            if wrapper is None:
+                raise SandboxUnavailable(why)
         # Programs of another user make their folders here: like /tmp, but nobody can list it.
         self._scratch = tempfile.mkdtemp(prefix="phiforge-sandbox-")
         os.chmod(self._scratch, 0o1733)
         self._channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        jail_folder = str(Path(__file__).parent)
         command = supervise.interpreter_command(self._python.executable, jail_folder, "server")
         with theirs:
             self._server = subprocess.Popen(
@@ -171,17 +203,20 @@ class Sandbox:
         settings = {
             "executable": self._python.executable,
             "jail_folder": jail_folder,
-            "preload": self._preload if self._warm else [],
-            "readable": [*self._python.paths(), jail_folder, *self._readable],
+            "preload": self._preload if self._warm and not wrapper else [],
+            "readable": readable,
             "scratch": self._scratch,
             "site": self._python.site,
             "warm": self._warm,
             "without": self._without,
-            "wrapper": [],
+            "wrapper": asdict(wrapper) if wrapper else None,
         }
-        return self._greet(settings)
+        layers = self._greet(settings, backend, unsafe)
+        if wrapper and self._preload:
+            layers.missing["preload"] = f"{backend} starts a new interpreter for every run"
+        return layers
 
-    def _greet(self, settings: dict[str, Any]) -> Layers:
+    def _greet(self, settings: dict[str, Any], backend: str, unsafe: bool) -> Layers:
         try:
             self._channel.settimeout(_START_SECONDS)
             self._channel.send(json.dumps(settings).encode())
@@ -194,8 +229,8 @@ class Sandbox:
         if "failed" in answer:
             self.close()
             raise SandboxUnavailable(f"the sandbox server did not start: {answer['failed']}")
-        layers = Layers("native", **answer)
-        if not layers.enough and not self._unsafe:
+        layers = Layers(backend, **answer)
+        if not layers.enough and not unsafe:
             self.close()
             raise SandboxUnavailable(_refusal(layers))
         if "file tree" in layers.active:  # it was built there, and is in use no more
@@ -255,11 +290,7 @@ def _refusal(layers: Layers) -> str:
     wanted = {"files": layers.isolates_files, "network": layers.isolates_network}
     lacking = " and ".join(name for name, there in wanted.items() if not there)
     reasons = "; ".join(f"{name}: {why}" for name, why in layers.missing.items())
-    return (
-        f"{lacking} cannot be isolated here ({reasons}), so foreign code is not run. Enable user "
-        "namespaces or Landlock, install bubblewrap, or pass unsafe=True (--unsafe) where losing "
-        "this machine's files is acceptable"
-    )
+    return f"{lacking} cannot be isolated here ({reasons})"
 
 
 def _follow(connection: socket.socket, pipes: list[int], request: bytes, limits: Limits) -> Outcome:

@@ -6,21 +6,22 @@ out what this machine allows, answers with the active layers, then serves until 
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import importlib
 import json
 import os
 import platform
 import select
-import shutil
 import signal
 import socket
 import struct
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any, NoReturn
 
-from . import confine, kernel, landlock, seccomp, supervise, tree
+from . import clear, confine, kernel, landlock, seccomp, supervise, tree
 
 _MESSAGE_BYTES = 1 << 16
 _REAP_MILLISECONDS = 500
@@ -32,6 +33,19 @@ _TRIAL_LIMITS = {
     "num_files": 16,
     "num_processes": 16,
 }
+
+_TEMPTATION = """
+import socket
+for what, attempt in {{
+    "a file outside can be read": lambda: open({secret!r}),
+    "the network can be reached": lambda: socket.create_connection({address!r}, 2),
+}}.items():
+    try:
+        attempt()
+    except OSError:
+        continue
+    raise SystemExit(what)
+"""
 
 
 def main() -> NoReturn:
@@ -92,7 +106,7 @@ def _end(supervisors: set[int], plan: supervise.Plan) -> NoReturn:
     for pid in supervisors:
         os.kill(pid, signal.SIGKILL)
         os.waitpid(pid, 0)
-    shutil.rmtree(plan.scratch, ignore_errors=True)
+    clear.remove(plan.scratch)
     os._exit(0)
 
 
@@ -108,7 +122,7 @@ def prepare(settings: dict[str, Any]) -> tuple[supervise.Plan, dict[str, Any]]:
         if problem is None:
             if plan.namespaces:
                 _enter_tree(plan, settings)
-            return plan, _describe(plan, missing)
+            return plan, _describe(plan, missing, settings["wrapper"])
         missing[_name(plan)] = problem
     raise RuntimeError("; ".join(f"{name}: {why}" for name, why in missing.items()))
 
@@ -157,18 +171,17 @@ def _base_plan(
         executable=settings["executable"],
         jail_folder=settings["jail_folder"],
         warm=settings["warm"],
-        wrapper=tuple(settings["wrapper"]),
         scratch=settings["scratch"],
     )
 
 
 def _candidates(
-    base: supervise.Plan, without: set[str], wrapper: list[str]
+    base: supervise.Plan, without: set[str], wrapper: dict[str, Any] | None
 ) -> list[supervise.Plan]:
     alone = replace(base.order, processes=False, metadata=False)
     poorest = replace(base, namespaces=False, user_namespace=False, order=alone)
     if wrapper:
-        return [replace(poorest, order=replace(base.order, use_landlock=False))]
+        return _wrapped_candidates(replace(poorest, warm=False), base.order, wrapper)
     plans = [poorest]
     if base.leave_root:  # Python may lie where only root can read
         plans.append(replace(poorest, leave_root=False))
@@ -177,6 +190,17 @@ def _candidates(
     if base.leave_root:
         plans.insert(0, replace(base, user_namespace=False))
     return [base, *plans]
+
+
+def _wrapped_candidates(
+    base: supervise.Plan, order: confine.Order, wrapper: dict[str, Any]
+) -> list[supervise.Plan]:
+    alone = replace(base, wrapper=tuple(wrapper["command"]), inner_work=wrapper["inner_work"])
+    # Several processes are bounded by a user namespace, unless root made it, and end with theirs.
+    several = replace(alone, user_namespace=True, order=order) if wrapper["namespaces"] else alone
+    if not base.leave_root:
+        return [several]
+    return [several, replace(alone, leave_root=False)]  # Python may lie where only root can read
 
 
 def _trial(plan: supervise.Plan, settings: dict[str, Any]) -> str | None:
@@ -211,19 +235,38 @@ def _run_nothing(plan: supervise.Plan, proc: int) -> str | None:
         supervise.supervise(theirs, ends, plan, proc, server)
     theirs.close()
     os.close(error_write)
-    # Reads from the library: it must still be there for programs that import more of it.
-    task = {"kind": "program", "source": f"open({os.__file__!r}, 'rb').read(1)"}
-    raw = json.dumps({"limits": _TRIAL_LIMITS, "task": task}).encode()
-    ours.sendall(struct.pack("q", len(raw)) + raw)
-    with os.fdopen(error_read, "rb") as file:
-        said = file.read(4096).decode(errors="replace").strip()
-    answer = b""
-    while part := ours.recv(_MESSAGE_BYTES):
-        answer += part
+    with _temptation(plan) as source:
+        task = {"kind": "program", "source": source}
+        raw = json.dumps({"limits": _TRIAL_LIMITS, "task": task}).encode()
+        ours.sendall(struct.pack("q", len(raw)) + raw)
+        with os.fdopen(error_read, "rb") as file:
+            said = file.read(4096).decode(errors="replace").strip()
+        answer = b""
+        while part := ours.recv(_MESSAGE_BYTES):
+            answer += part
     result = json.loads(answer or b'{"failed": "the supervisor ended"}')
     if result.get("ended") == "exited" and result.get("returncode") == 0:
         return None
-    return result.get("failed") or (said.splitlines() or [f"{result}"])[-1]
+    reasons = [said.splitlines()[-1]] if said else []
+    return "; ".join([*reasons, *filter(None, [result.get("failed")])]) or f"{result}"
+
+
+@contextlib.contextmanager
+def _temptation(plan: supervise.Plan) -> Iterator[str]:
+    """The trial's program. Another program's isolation is not taken on trust: there it tries it."""
+    # Reads from the library: it must still be there for programs that import more of it.
+    source = f"open({os.__file__!r}, 'rb').read(1)\n"
+    if not plan.wrapper:
+        yield source
+        return
+    secret = os.path.join(plan.scratch, "secret")
+    with open(secret, "w", encoding="utf-8") as file:
+        os.fchmod(file.fileno(), 0o644)
+    try:
+        with socket.create_server(("127.0.0.1", 0)) as listener:
+            yield source + _TEMPTATION.format(secret=secret, address=listener.getsockname())
+    finally:
+        os.unlink(secret)
 
 
 def _enter_tree(plan: supervise.Plan, settings: dict[str, Any]) -> None:
@@ -237,7 +280,9 @@ def _enter_tree(plan: supervise.Plan, settings: dict[str, Any]) -> None:
     tree.enter(list(plan.order.readable), plan.scratch)
 
 
-def _describe(plan: supervise.Plan, missing: dict[str, str]) -> dict[str, Any]:
+def _describe(
+    plan: supervise.Plan, missing: dict[str, str], wrapper: dict[str, Any] | None
+) -> dict[str, Any]:
     """The active layers, as the client's `Layers` wants them."""
     order = plan.order
     active = {}
@@ -245,6 +290,8 @@ def _describe(plan: supervise.Plan, missing: dict[str, str]) -> dict[str, Any]:
         names = "mount, pid, network, ipc, uts, cgroup"
         active["namespaces"] = ("user, " if plan.user_namespace else "") + names
         active["file tree"] = f"read-only root of {len(order.readable)} paths; tmpfs to write on"
+    if wrapper:
+        active[wrapper["name"]] = wrapper["detail"]
     if order.use_landlock:
         active["landlock"] = f"ABI {landlock.version()}"
     if order.use_seccomp:
@@ -259,6 +306,6 @@ def _describe(plan: supervise.Plan, missing: dict[str, str]) -> dict[str, Any]:
     return {
         "active": active,
         "missing": {k: v for k, v in missing.items() if k not in active},
-        "isolates_files": plan.namespaces or order.use_landlock,
-        "isolates_network": plan.namespaces or order.use_seccomp,
+        "isolates_files": plan.namespaces or order.use_landlock or bool(wrapper),
+        "isolates_network": plan.namespaces or order.use_seccomp or bool(wrapper),
     }

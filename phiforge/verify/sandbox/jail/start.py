@@ -42,9 +42,5 @@ def run(task: dict[str, Any], site: list[str]) -> NoReturn:
 def main() -> NoReturn:
     """First call of a new interpreter: what to do lies in the descriptor TASK."""
     with os.fdopen(TASK, "rb") as file:
-        order, task, site = json.loads(file.read())
-    if order is not None:
-        from . import confine
-
-        confine.confine(confine.Order(**order))
+        task, site = json.loads(file.read())
     run(task, site)

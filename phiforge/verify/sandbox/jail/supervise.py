@@ -14,7 +14,6 @@ import json
 import os
 import resource
 import select
-import shutil
 import signal
 import socket
 import struct
@@ -24,7 +23,7 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
-from . import confine, kernel, start, tree, watch
+from . import clear, confine, kernel, start, tree, watch, wrapped
 
 ISOLATED = (
     kernel.CLONE_NEWNS
@@ -36,10 +35,11 @@ ISOLATED = (
 )
 NOBODY = 65534
 _FIRST_UID = 2_000_000_000  # of programs started by root: one each, far from anybody's files
+WORK = "{work}"  # in a wrapper's command: the folder of the run
 _TICK_SECONDS = 0.05
 _OUR_PROCESSES = 2  # supervisor and init
+_WRAPPER_THREADS = 8  # of a wrapper that runs as the same user
 _HIGH, _LAST = 200, 65536  # descriptors: out of the way of those to be laid; more than there are
-_STATUS = struct.Struct("idq")  # wait status, CPU seconds, peak bytes
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,8 @@ class Plan:
     executable: str
     jail_folder: str  # where the package `jail` can be imported from
     warm: bool
-    wrapper: tuple[str, ...] = ()  # command line of another program that isolates
+    wrapper: tuple[str, ...] = ()  # command line of another program that isolates, with WORK in it
+    inner_work: str = ""  # where that program shows the work folder; empty: where it lies
     scratch: str = "/tmp"  # where work folders are made when there are no namespaces
 
 
@@ -98,7 +99,7 @@ def supervise(
     finally:
         if work and not plan.namespaces:
             os.chdir("/")
-            shutil.rmtree(work, ignore_errors=True)
+            clear.remove(work)
     result["seconds"] = time.monotonic() - started
     with contextlib.suppress(OSError):  # the client may be gone
         connection.sendall(json.dumps(result).encode())
@@ -202,7 +203,7 @@ def _run(connection: socket.socket, run: _Run, trouble: int, proc: int) -> dict[
             if plan.namespaces:
                 _exit_without_reader(status_write)
                 _be_init(run, status_write)
-            _be_program(run)
+            _be_program(run, status_write if plan.wrapper else None)
         finally:
             os._exit(125)
     for descriptor in (status_write, run.input, run.trouble):
@@ -260,10 +261,12 @@ def _finish(child: int, why: str | None, status_read: int, run: _Run, proc: int)
     status, usage = os.wait4(child, 0)[1:]
     cpu_seconds, peak_bytes = usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024
     reap_all(proc)
-    if run.plan.namespaces:
-        raw = os.read(status_read, _STATUS.size)
-        if len(raw) == _STATUS.size:
-            status, cpu_seconds, peak_bytes = _STATUS.unpack(raw)
+    if run.plan.namespaces or run.plan.wrapper:
+        raw = os.read(status_read, wrapped.ENDED.size)
+        if len(raw) == wrapped.ENDED.size:
+            status, cpu_seconds, peak_bytes = wrapped.ENDED.unpack(raw)
+        elif why is None and run.plan.wrapper:
+            return {"failed": _wrapper_failure(run.plan, status)}
         elif why is None:
             why = "killed"  # the whole namespace, from outside
     result = {"cpu_seconds": cpu_seconds, "peak_bytes": peak_bytes}
@@ -275,6 +278,11 @@ def _finish(child: int, why: str | None, status_read: int, run: _Run, proc: int)
         ended = "timeout" if number == signal.SIGXCPU or late else "signal"
         return {**result, "ended": ended, "signal": number}
     return {**result, "ended": "exited", "returncode": os.WEXITSTATUS(status)}
+
+
+def _wrapper_failure(plan: Plan, status: int) -> str:
+    code = os.waitstatus_to_exitcode(status)
+    return f"{plan.wrapper[0]} ended with {code} before the program did"
 
 
 def reap_all(proc: int) -> None:
@@ -292,10 +300,12 @@ def reap_all(proc: int) -> None:
 
 def _be_init(run: _Run, status_write: int) -> NoReturn:
     """B: first process of the namespace. Reaps, reports the program's end; its own kills all."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # no handler: nobody can send it to process 1
     program = os.fork()
     if program == 0:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         os.close(status_write)
-        _be_program(run)
+        _be_program(run, None)
     run.ends.close()
     os.close(run.input)
     os.close(run.trouble)
@@ -305,12 +315,15 @@ def _be_init(run: _Run, status_write: int) -> NoReturn:
             break
     total = resource.getrusage(resource.RUSAGE_CHILDREN)
     seconds = total.ru_utime + total.ru_stime
-    os.write(status_write, _STATUS.pack(status, seconds, usage.ru_maxrss * 1024))
+    os.write(status_write, wrapped.ENDED.pack(status, seconds, usage.ru_maxrss * 1024))
     os._exit(0)
 
 
-def _be_program(run: _Run) -> NoReturn:
-    """C: confine oneself, then the harness, at once or in a fresh interpreter."""
+def _be_program(run: _Run, status_write: int | None) -> NoReturn:
+    """C: confine oneself, then the harness, at once or in a fresh interpreter.
+
+    Where another program isolates, C becomes that; its program reports to `status_write`.
+    """
     plan = run.plan
     trouble = run.trouble
     try:
@@ -318,22 +331,36 @@ def _be_program(run: _Run) -> NoReturn:
         order = _order(run)
         if plan.leave_root and plan.namespaces and not plan.user_namespace:
             become_nobody()
-        # What a fresh interpreter still has to do to itself, when another program isolates it.
-        after = vars(order) if plan.wrapper else None
-        fresh = None if plan.warm else [after, run.task, plan.site]
+        if status_write is not None:
+            _execute_wrapper(run, order, status_write)
+        fresh = None if plan.warm else [run.task, plan.site]
         trouble = _lay_descriptors(run, fresh)
-        if not plan.wrapper:
-            confine.confine(order)
+        confine.confine(order)
         os.environ.update(HOME=run.work, TMPDIR=run.work)
         if not plan.warm:
-            own = interpreter_command(plan.executable, plan.jail_folder, "start")
-            command = [*plan.wrapper, *own]
+            command = interpreter_command(plan.executable, plan.jail_folder, "start")
             os.execv(command[0], command)
         os.close(trouble)
     except BaseException as error:
         os.write(trouble, f"{type(error).__name__}: {error}".encode()[:4096])
         os._exit(125)
     start.run(run.task, list(plan.site))
+
+
+def _execute_wrapper(run: _Run, order: confine.Order, status_write: int) -> NoReturn:
+    """The wrapper, and in it an interpreter that confines itself to `order`."""
+    plan = run.plan
+    work = plan.inner_work or run.work
+    wrapper = [word.replace(WORK, run.work) for word in plan.wrapper]
+    command = [*wrapper, *interpreter_command(plan.executable, plan.jail_folder, "wrapped")]
+    order = replace(order, writable=(work,))
+    trouble = _lay_descriptors(run, [vars(order), run.task, plan.site], status_write)
+    os.environ.update(HOME=work, TMPDIR=work)
+    try:
+        os.execv(command[0], command)
+    except OSError as error:
+        os.write(trouble, f"{command[0]}: {error}".encode()[:4096])
+        os._exit(125)
 
 
 def _order(run: _Run) -> confine.Order:
@@ -351,7 +378,8 @@ def _order(run: _Run) -> confine.Order:
 def _num_processes(plan: Plan, limits: dict[str, Any]) -> int:
     """The kernel counts per user and user namespace: a bound only where the user is ours alone."""
     alone = plan.user_namespace or os.geteuid() == 0 or os.geteuid() > _FIRST_UID
-    return limits["num_processes"] + _OUR_PROCESSES if alone else 0
+    own = _OUR_PROCESSES + (_WRAPPER_THREADS if plan.wrapper else 0)
+    return limits["num_processes"] + own if alone else 0
 
 
 def interpreter_command(executable: str, jail_folder: str, module: str) -> list[str]:
@@ -361,15 +389,18 @@ def interpreter_command(executable: str, jail_folder: str, module: str) -> list[
     return [executable, "-s", "-S", "-B", "-P", "-X", "utf8", "-c", code]
 
 
-def _lay_descriptors(run: _Run, fresh: list[Any] | None) -> int:
-    """0 to 3 (4 for a fresh interpreter), and the trouble pipe, returned, which no program sees."""
+def _lay_descriptors(run: _Run, fresh: list[Any] | None, status: int | None = None) -> int:
+    """0 to 3, 4 for a fresh interpreter, then a wrapper's status pipe; returns the trouble pipe's,
+    which is the last and which no program sees."""
     places = [run.input, run.ends.output, run.ends.error, run.ends.report]
     if fresh is not None:
         places.append(_memory_file(json.dumps(fresh).encode()))
+    if status is not None:
+        places.append(status)
     high = [os.dup2(descriptor, _HIGH + i) for i, descriptor in enumerate([*places, run.trouble])]
     for place, descriptor in enumerate(high[:-1]):
         os.dup2(descriptor, place, inheritable=True)
-    trouble = os.dup2(high[-1], len(places), inheritable=False)
+    trouble = os.dup2(high[-1], len(places), inheritable=status is not None)
     os.closerange(trouble + 1, _LAST)
     sys.stdin, sys.stdout, sys.stderr = sys.__stdin__, sys.__stdout__, sys.__stderr__
     return trouble

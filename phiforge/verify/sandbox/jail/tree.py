@@ -14,6 +14,7 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/full", "/dev/random", "/dev/urandom")
 SYSTEM_LIBRARIES = ("/lib", "/lib32", "/lib64", "/usr/lib", "/usr/lib32", "/usr/lib64")
 LOADER_CACHE = "/etc/ld.so.cache"
 WORK = "/home/sandbox"
+WORK_LINKS = ("/tmp", "/dev/shm")  # the latter: semaphores of multiprocessing
 
 _READ_ONLY = kernel.MOUNT_ATTR_RDONLY | kernel.MOUNT_ATTR_NOSUID
 _PLACE_BYTES = 2**20  # of the directories and links that make up the tree
@@ -26,8 +27,8 @@ def enter(paths: list[str], staging: str) -> None:
     """
     kernel.mount("none", "/", None, kernel.MS_REC | kernel.MS_PRIVATE)
     kernel.mount("tmpfs", staging, "tmpfs", kernel.MS_NODEV, f"mode=755,size={_PLACE_BYTES}")
-    for path in _outermost(paths):
-        if os.path.islink(path) and os.path.dirname(path) in ("/", "/usr"):
+    for path in outermost(paths):
+        if is_system_link(path):
             _make_parents(staging + path)
             os.symlink(os.readlink(path), staging + path)  # /lib -> usr/lib
         elif os.path.exists(path):
@@ -35,7 +36,7 @@ def enter(paths: list[str], staging: str) -> None:
     for device in DEVICES:
         _bind(device, staging + device, _READ_ONLY | kernel.MOUNT_ATTR_NOEXEC)
     os.makedirs(staging + WORK, mode=0o755, exist_ok=True)
-    for place in ("/tmp", "/dev/shm"):  # the latter: semaphores of multiprocessing
+    for place in WORK_LINKS:
         if not os.path.lexists(staging + place):
             os.symlink(WORK, staging + place)
     attributes = _READ_ONLY | kernel.MOUNT_ATTR_NODEV
@@ -51,13 +52,18 @@ def mount_work(disk_bytes: int, num_files: int) -> None:
     kernel.mount("tmpfs", WORK, "tmpfs", flags, options)
 
 
-def _outermost(paths: list[str]) -> list[str]:
+def outermost(paths: list[str]) -> list[str]:
     """`paths` without those that lie in another of them."""
     kept: list[str] = []
     for path in sorted({os.path.normpath(path) for path in paths}):
         if not any(path.startswith(other + "/") and not os.path.islink(other) for other in kept):
             kept.append(path)
     return kept
+
+
+def is_system_link(path: str) -> bool:
+    """/lib -> usr/lib and the like: to be made again, not to be followed."""
+    return os.path.islink(path) and os.path.dirname(path) in ("/", "/usr")
 
 
 def _bind(source: str, target: str, attributes: int) -> None:
