@@ -40,7 +40,7 @@ def run(task: dict[str, Any]) -> tuple[int, dict[str, Any] | None]:
     """
     owner, streams = _getpid(), (sys.stdout, sys.stderr)
     kind, seal = task.get("kind"), task.pop("seal", None)
-    if kind not in KINDS:
+    if not isinstance(kind, str) or kind not in KINDS:
         return 2, {"fault": f"kind is {kind!r}; allowed is one of {', '.join(KINDS)}"}
     _setrecursionlimit(RECURSION_LIMIT + _depth())
     report: dict[str, Any]
@@ -171,7 +171,7 @@ def _main(source: str, namespace: dict) -> dict:
 
 def _execute(source: str, filename: str, namespace: dict) -> None:
     """Compile and run; the lines are kept for tracebacks."""
-    lines = source.splitlines(keepends=True)
+    lines = [line + "\n" for line in source.splitlines()]
     linecache.cache[filename] = (len(source), None, lines, filename)
     try:
         code = compile(source, filename, "exec", dont_inherit=True)
