@@ -19,6 +19,7 @@ from .hostile_prelude import (
     fork_with,
     held,
     raw,
+    read_some,
     say,
     tried,
 )
@@ -223,13 +224,7 @@ def leave_by_chroot():
     attempt("chroot", os.chroot, "cell")
     for _ in range(30):
         os.chdir("..")
-    names = []
-    try:
-        names = os.listdir(".")
-    except OSError as error:
-        held(f"list: {error!r}")
-    if os.path.exists("." + FACTS["secret_file"]):
-        escaped(f"found {FACTS['secret_file']} among {names[:9]}")
+    attempt("the secret, from there", read_some, "." + FACTS["secret_file"])
 
 
 def make_namespaces():

@@ -131,11 +131,9 @@ class Context:
             return "files of the attack's folder were changed"
         if self.secret_file.read_text() != self.secret:
             return "the secret file was changed"
-        for folder in facts["places"]:
-            if os.path.lexists(os.path.join(folder, marker)):
-                return f"it left {os.path.join(folder, marker)}"
         return (
-            self.heard()
+            _left_behind(facts["places"], marker)
+            or self.heard()
             or self._victim_harmed(facts["victim"])
             or self._leaked(marker)
             or _kernel_objects(facts["key"])
@@ -148,12 +146,17 @@ class Context:
             return None  # another program's doing, and reported there
         status = self.victim.poll()
         if status is not None:
-            self.victim = _start_victim()
-            return f"the attack's own process {pid} was ended: {status}"
-        if os.getpriority(os.PRIO_PROCESS, pid) != os.getpriority(os.PRIO_PROCESS, 0):
-            return f"the priority of process {pid} was changed"
-        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
-        return f"process {pid} was stopped" if state in "Tt" else None
+            harm = f"was ended: {status}"
+        elif os.getpriority(os.PRIO_PROCESS, pid) != os.getpriority(os.PRIO_PROCESS, 0):
+            harm = "has another priority"
+        elif Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] in "Tt":
+            harm = "was stopped"
+        else:
+            return None
+        self.victim.kill()
+        self.victim.wait()
+        self.victim = _start_victim()  # the next case finds an unharmed one
+        return f"the attack's own process {pid} {harm}"
 
     def _leaked(self, marker: str) -> str | None:
         ready = select.select([self._leak[1]], [], [], 0)[0]
@@ -241,6 +244,15 @@ def _places() -> list[str]:
         *(sys.prefix, paths["stdlib"], paths["purelib"], paths["scripts"]),
         str(Path(__file__).parent),
     ]
+
+
+def _left_behind(folders: list[str], marker: str) -> str | None:
+    """Files or folders of the program's name outside; they are removed."""
+    left = [os.path.join(folder, marker) for folder in dict.fromkeys(folders)]
+    left = [path for path in left if os.path.lexists(path)]
+    for path in left:
+        (os.rmdir if os.path.isdir(path) else os.unlink)(path)
+    return f"it left {', '.join(left)}" if left else None
 
 
 def _make_canaries(folder: Path) -> None:

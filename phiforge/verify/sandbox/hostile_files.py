@@ -1,7 +1,7 @@
-"""Hostile programs that reach for files, descriptors, devices and the network.
+"""Hostile programs that reach for files: read, write, race, and fill the disk.
 
-`hostile.py` sends each function's text, after `hostile_prelude.py`, as one program. Paths and ports
-are the attack's own, or are only listed, opened or named. They write lines of evidence.
+`hostile.py` sends each function's text, after `hostile_prelude.py`, as one program. Paths are
+the attack's own, or are only listed and opened. They write lines of evidence.
 """
 
 import os
@@ -19,7 +19,6 @@ from .hostile_prelude import (
     held,
     read_some,
     say,
-    send_to,
     tried,
 )
 
@@ -37,8 +36,14 @@ def read_passwd():
 
 
 def read_homes():
+    # Where Python itself lies below a home, the folders on the way to it may show.
+    known = set("/".join([*sys.path, sys.prefix, sys.base_prefix, os.getcwd()]).split("/"))
     for path in (FACTS["home"], "/root", "/home"):
-        attempt(f"list {path}", os.listdir, path)
+        try:
+            foreign = set(os.listdir(path)) - known if path != "/" else set()
+            (escaped if foreign else held)(f"list {path}: {sorted(foreign)}")
+        except OSError as error:
+            held(f"list {path}: {error!r}")
     for name in (".ssh/id_rsa", ".ssh/id_ed25519", ".bash_history", ".netrc", ".aws/credentials"):
         attempt(name, read_some, os.path.join(FACTS["home"], name))
 
@@ -65,12 +70,13 @@ def read_the_secret():
     os.symlink("/", "root")
     attempt("through a linked root", read_some, "root" + path)
     attempt("as a hard link", os.link, path, "hard")
-    attempt("O_PATH", lambda: os.stat("canary.txt", dir_fd=os.open(FACTS["folder"], os.O_PATH)))
 
 
 def look_at_the_secret():
     # Its existence, size and dates, which Landlock does not hide.
     attempt("stat", lambda: os.stat(FACTS["secret_file"]).st_size)
+    attempt("O_PATH", lambda: os.stat("canary.txt", dir_fd=os.open(FACTS["folder"], os.O_PATH)))
+    attempt("attributes", os.listxattr, FACTS["secret_file"])
     attempt("chdir", os.chdir, os.path.dirname(FACTS["secret_file"]))
 
 
@@ -224,7 +230,6 @@ def change_metadata():
     attempt("chown", os.chown, canary, os.getuid(), os.getgid())
     attempt("utime", os.utime, canary, (1, 1))
     attempt("setxattr", os.setxattr, canary, "user.phiforge", b"1")
-    attempt("getxattr", os.listxattr, canary)
 
 
 def plant_links():
@@ -241,7 +246,10 @@ def plant_links():
         os.symlink(target, name)
     for target in (os.path.join(FACTS["folder"], "canary.txt"), FACTS["secret_file"]):
         attempt("hard link", os.link, target, "hard")
-    os.chmod("folder", 0)
+    try:
+        os.chmod("folder", 0)
+    except OSError as error:
+        held(f"chmod: {error!r}")
 
 
 def race_with_links():
@@ -282,17 +290,23 @@ def leave_what_is_hard_to_remove():
             os.mkfifo(os.fsencode(here) + b"/fifo%d" % index)
         except OSError as error:
             held(error)
-    os.mkdir("closed")
+    os.mkdir("closed", 0o700)
     with open("closed/file", "w"):
         pass
-    os.chmod("closed", 0)
+    os.mkdir("write-only", 0o300)
+    with open("write-only/file", "w"):
+        pass
     try:
         for _ in range(3000):
             os.mkdir("d" * 200)
             os.chdir("d" * 200)
     except OSError as error:
         held(f"{error!r}")
-    os.chmod(here, 0)
+    for folder in (os.path.join(here, "closed"), here):
+        try:
+            os.chmod(folder, 0)
+        except OSError as error:
+            held(f"chmod {folder}: {error!r}")
 
 
 def open_by_handle():
@@ -321,6 +335,7 @@ def open_by_handle():
 
 def write_one_big_file():
     written = 0
+    tried()
     try:
         with open("big", "wb", buffering=0) as file:
             while written < 1024 * MIB:
@@ -333,26 +348,50 @@ def write_one_big_file():
 
 def write_many_medium_files():
     written = 0
+    tried()
     try:
         for index in range(200):
             with open(f"medium{index}", "wb", buffering=0) as file:
-                for _ in range(5):
-                    written += file.write(b"x" * MIB)
+                written += file.write(b"x" * (FACTS["disk_bytes"] // 2))
     except OSError as error:
         held(f"after {written // MIB} MB: {error!r}")
-    if written > 50 * FACTS["disk_bytes"]:
-        escaped(f"wrote {written // MIB} MB")
+    time.sleep(0.5)
+    if written > 4 * FACTS["disk_bytes"]:
+        escaped(f"{written // MIB} MB lie there")
+
+
+def hide_files_from_the_watch():
+    # In a folder that cannot be listed, and in one too deep for a path.
+    written = 0
+    tried()
+    try:
+        os.mkdir("unlisted", 0o300)
+        os.chdir("unlisted")
+        for index in range(10):
+            with open(f"a{index}", "wb", buffering=0) as file:
+                written += file.write(b"x" * (FACTS["disk_bytes"] // 2))
+        for _ in range(30):
+            os.mkdir("d" * 200)
+            os.chdir("d" * 200)
+        for index in range(10):
+            with open(f"b{index}", "wb", buffering=0) as file:
+                written += file.write(b"x" * (FACTS["disk_bytes"] // 2))
+    except OSError as error:
+        held(f"after {written // MIB} MB: {error!r}")
+    time.sleep(0.5)
+    if written > 4 * FACTS["disk_bytes"]:
+        escaped(f"{written // MIB} MB lie there")
 
 
 def write_deleted_files():
     written, kept = 0, []
+    tried()
     try:
         for index in range(40):
             file = open(f"gone{index}", "w+b", buffering=0)  # noqa: SIM115
             kept.append(file)
             os.unlink(file.name)
-            for _ in range(12):
-                written += file.write(b"x" * MIB)
+            written += file.write(b"x" * (FACTS["disk_bytes"] // 2))
     except OSError as error:
         held(f"after {written // MIB} MB: {error!r}")
     time.sleep(0.5)
@@ -369,6 +408,7 @@ def write_a_sparse_file():
 
 def make_200_thousand_files():
     made = 0
+    tried()
     try:
         for index in range(200_000):
             os.close(os.open(f"f{index}", os.O_CREAT | os.O_WRONLY))
@@ -377,219 +417,3 @@ def make_200_thousand_files():
         held(f"after {made} files: {error!r}")
     if made > 50_000:
         escaped(f"made {made} files")
-
-
-# -- descriptors and devices -----------------------------------------------------------------------
-
-
-def search_descriptors():
-    import fcntl
-
-    tried()
-    extra = []
-    for descriptor in range(4097):
-        try:
-            fcntl.fcntl(descriptor, fcntl.F_GETFD)
-        except OSError:
-            continue
-        kind = os.fstat(descriptor).st_mode
-        if stat.S_ISDIR(kind) or stat.S_ISSOCK(kind):
-            escaped(f"descriptor {descriptor} is a folder or socket")
-        if os.isatty(descriptor):
-            escaped(f"descriptor {descriptor} is a terminal")
-        if descriptor > 2:
-            extra.append(descriptor)
-    if len(extra) > 1:
-        escaped(f"open beside the usual three: {extra}")
-    for descriptor in (*range(3), *extra):
-        try:
-            os.set_blocking(descriptor, False)
-            text = os.read(descriptor, 4096)
-        except OSError:
-            continue
-        if text:
-            escaped(f"descriptor {descriptor} gives {text[:200]!r}")
-
-
-def write_to_descriptors():
-    tried()
-    for descriptor in range(3, 4097):
-        try:
-            os.set_blocking(descriptor, False)
-            os.write(descriptor, FACTS["marker"].encode())
-        except OSError:
-            continue
-
-
-def open_devices():
-    for name in (
-        "mem", "kmem", "port", "kmsg", "sda", "vda", "nvme0n1", "loop0", "loop-control", "fuse",
-        "kvm", "ptmx", "tty", "console", "tty0", "tty1", "net/tun", "input/event0", "hpet",
-        "mapper/control", "vhost-net", "vsock", "uinput", "autofs", "btrfs-control", "nvidia0",
-        "nvidiactl", "dri/card0", "snapshot", "rtc0", "cpu/0/msr", "userfaultfd",
-    ):  # fmt: skip
-        for flags in (os.O_RDONLY, os.O_WRONLY):
-            try:
-                os.close(os.open(f"/dev/{name}", flags | os.O_NONBLOCK))
-                escaped(f"opened /dev/{name}")
-            except OSError as error:
-                held(f"{name}: {error.strerror}")
-
-
-def make_devices():
-    for name, kind, device in (
-        ("memory", stat.S_IFCHR, os.makedev(1, 1)),
-        ("disk", stat.S_IFBLK, os.makedev(8, 0)),
-        ("virtual", stat.S_IFBLK, os.makedev(254, 0)),
-        ("terminal", stat.S_IFCHR, os.makedev(5, 2)),
-    ):
-        attempt(f"mknod {name}", os.mknod, name, 0o666 | kind, device)
-        if os.path.exists(name):
-            attempt(f"open {name}", os.open, name, os.O_RDONLY)
-
-
-def inject_terminal_input():
-    import fcntl
-
-    for path in (0, 1, 2, "/dev/tty", "/dev/pts/0", "/dev/console"):
-        try:
-            descriptor = path if isinstance(path, int) else os.open(path, os.O_RDWR)
-        except OSError as error:
-            held(f"{path}: {error!r}")
-            continue
-        for request in (0x5412, 0x541C):  # TIOCSTI, TIOCLINUX
-            attempt(f"ioctl {request:x} on {path}", fcntl.ioctl, descriptor, request, b"\n")
-
-
-# -- /proc -----------------------------------------------------------------------------------------
-
-
-def read_proc():
-    client, server = FACTS["client"], FACTS["client_parent"]
-    for pid in ("self", "1", os.getppid(), client, server, FACTS["victim"]):
-        for name in ("environ", "mem", "maps", "stack", "syscall", "auxv", "cmdline", "io"):
-            if pid == "self" and name in ("mem", "maps", "auxv", "cmdline", "io", "syscall"):
-                continue
-            if pid == "self" and name == "environ":
-                try:
-                    read_some(f"/proc/{pid}/{name}")  # its own: the attack looks for the secret
-                except OSError as error:
-                    held(f"{name}: {error!r}")
-                continue
-            attempt(f"/proc/{pid}/{name}", read_some, f"/proc/{pid}/{name}")
-        for name in ("fd", "task", "map_files", "ns"):
-            if pid != "self":
-                attempt(f"/proc/{pid}/{name}", os.listdir, f"/proc/{pid}/{name}")
-        for name in ("root", "cwd"):
-            path = f"/proc/{pid}/{name}"
-            attempt(path, read_some, path + FACTS["secret_file"])
-            attempt(path, os.listdir, path + "/etc")
-
-
-def write_proc():
-    for path in (
-        "sys/kernel/core_pattern", "sys/kernel/modprobe", "sys/kernel/hostname", "sysrq-trigger",
-        "sys/vm/drop_caches", "sys/kernel/ns_last_pid", "sys/fs/binfmt_misc/register",
-        "1/oom_score_adj", f"{FACTS['client']}/oom_score_adj", f"{FACTS['client']}/mem",
-        f"{FACTS['client']}/comm", f"{FACTS['victim']}/comm", f"{os.getppid()}/mem", "1/mem",
-    ):  # fmt: skip
-        attempt(path, os.open, f"/proc/{path}", os.O_WRONLY)  # opened only, nothing is written
-    for path in ("/sys/kernel/uevent_helper", "/sys/fs/cgroup/cgroup.procs", "/sys/power/state"):
-        attempt(path, os.open, path, os.O_WRONLY)
-    for path in ("/sys/class/net", "/sys/devices", "/sys/fs/cgroup", "/proc/net", "/proc/bus"):
-        attempt(path, os.listdir, path)
-
-
-# -- the network: only to listeners that the attack opened -----------------------------------------
-
-
-def connect_tcp():
-    import socket
-
-    address = ("127.0.0.1", FACTS["tcp"])
-    attempt("tcp", send_to, socket.AF_INET, socket.SOCK_STREAM, address)
-
-
-def connect_tcp_version_6():
-    import socket
-
-    address = ("::1", FACTS["tcp6"])
-    attempt("tcp6", send_to, socket.AF_INET6, socket.SOCK_STREAM, address)
-
-
-def send_udp():
-    import socket
-
-    tried()  # sending reports no failure even where nobody hears
-    for family, address in (
-        (socket.AF_INET, ("127.0.0.1", FACTS["udp"])),
-        (socket.AF_INET6, ("::1", FACTS["udp6"])),
-    ):
-        try:
-            held(send_to(family, socket.SOCK_DGRAM, address))
-        except OSError as error:
-            held(f"udp: {error!r}")
-
-
-def look_up_a_name():
-    # A DNS question to the attack's own listener: the resolver of this machine is left in peace.
-    import socket
-
-    tried()
-    question = b"\x12\x34\x01\x00\x00\x01\0\0\0\0\0\0\x06secret\x07invalid\0\0\x01\0\x01"
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as connection:
-            connection.sendto(question, ("127.0.0.1", FACTS["dns"]))
-            held("sent, to nobody")
-    except OSError as error:
-        held(f"dns: {error!r}")
-
-
-def connect_unix():
-    import socket
-
-    for kind in (socket.SOCK_STREAM, socket.SOCK_DGRAM):
-        attempt("path", send_to, socket.AF_UNIX, kind, FACTS["unix"])
-
-
-def connect_abstract():
-    import socket
-
-    attempt("abstract", send_to, socket.AF_UNIX, socket.SOCK_STREAM, "\0" + FACTS["abstract"])
-
-
-def listen():
-    import socket
-
-    tried()
-    try:
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as server:
-            server.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            server.bind(("127.0.0.1", FACTS["callback"]))
-            server.listen()
-            server.settimeout(0.5)
-            connection = server.accept()[0]
-            connection.send(FACTS["marker"].encode())
-            escaped("somebody outside connected")
-    except OSError as error:
-        held(f"listen: {error!r}")
-
-
-def make_odd_sockets():
-    import socket
-
-    for name, family, kind, protocol in (
-        ("netlink", 16, socket.SOCK_RAW, 0),
-        ("packet", 17, socket.SOCK_RAW, 0x300),
-        ("vsock", 40, socket.SOCK_STREAM, 0),
-        ("alg", 38, socket.SOCK_SEQPACKET, 0),
-        ("bluetooth", 31, socket.SOCK_RAW, 1),
-        ("can", 29, socket.SOCK_RAW, 1),
-        ("xdp", 44, socket.SOCK_RAW, 0),
-        ("key", 15, socket.SOCK_RAW, 2),
-        ("raw", socket.AF_INET, socket.SOCK_RAW, 1),
-        ("ping", socket.AF_INET, socket.SOCK_DGRAM, 1),
-        ("sctp", socket.AF_INET, socket.SOCK_STREAM, 132),
-        ("mptcp", socket.AF_INET, socket.SOCK_STREAM, 262),
-    ):
-        attempt(name, socket.socket, family, kind, protocol)

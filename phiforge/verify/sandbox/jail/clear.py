@@ -1,6 +1,6 @@
 """Removes a folder that a foreign program filled: however deep, closed or oddly named.
 
-`remove(folder)` follows no link and needs no depth of its own: a program that still runs cannot mislead it.
+`remove(folder)` follows no link and needs no depth; a program that still runs cannot mislead it.
 """
 
 from __future__ import annotations
