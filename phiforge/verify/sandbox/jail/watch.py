@@ -58,6 +58,33 @@ def own_memory(pid: int, proc: int) -> int:
     return total
 
 
+def deleted_bytes(family: list[int], device: int, proc: int) -> int:
+    """Bytes on a device of files that have no name any more but are still open."""
+    sizes: dict[int, int] = {}
+    for pid in family:
+        try:
+            folder = os.open(f"{pid}/fd", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
+        except OSError:
+            continue  # it ended
+        try:
+            for name in os.listdir(folder):
+                found = _stat(name, folder)
+                if found and found.st_dev == device and found.st_nlink == 0:
+                    sizes[found.st_ino] = found.st_blocks * 512
+        except OSError:
+            pass
+        finally:
+            os.close(folder)
+    return sum(sizes.values())
+
+
+def _stat(name: str, folder: int) -> os.stat_result | None:
+    try:
+        return os.stat(name, dir_fd=folder)
+    except OSError:
+        return None  # closed between two looks
+
+
 class Guard:
     """Bounds that no resource limit of the kernel covers, checked many times a second."""
 
@@ -69,12 +96,12 @@ class Guard:
         family = [self._child, *descendants_of(self._child, self._proc)]
         if sum(own_memory(pid, self._proc) for pid in family) > self._limits["memory_bytes"]:
             return "memory"
-        if self._work is not None and self._disk_exceeded(self._work):
+        if self._work is not None and self._disk_exceeded(self._work, family):
             return "disk"
         return None
 
-    def _disk_exceeded(self, work: str) -> bool:
-        num_files = num_bytes = 0
+    def _disk_exceeded(self, work: str, family: list[int]) -> bool:
+        num_files, num_bytes = 0, deleted_bytes(family, os.stat(work).st_dev, self._proc)
         folders = [work]
         while folders:
             try:
