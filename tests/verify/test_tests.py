@@ -165,6 +165,23 @@ def test_setup_runs_among_the_solutions_names(warm):
     assert check(warm, "def depth(n): return 1", test).detail.startswith("NameError: name 'Node'")
 
 
+def test_a_test_may_import_the_solution_and_packages(sandbox):
+    test = FunctionTest(
+        "from solution import double\nimport numpy as np\nimport numpy.testing as testing\n"
+        "assert (double(np.arange(3)) == np.array([0, 2, 4])).all()\n"
+        "assert np.allclose(double(0.1), 0.2)\n"
+        "testing.assert_array_equal(double(np.ones(2)), [2, 2])\n"
+        "assert double(np.float64(1.5)) == 3.0"
+    )
+    assert check(sandbox, "def double(x): return 2 * x", test).passed
+    result = check(sandbox, "def double(x): return x + 1.5", test)
+    assert (result.verdict, "np.array" in result.detail) == ("fail", True)
+    lying = "import numpy as np\nnp.allclose = lambda *a: True\n"
+    assert not check(
+        sandbox, f"{lying}def double(x): return 2 * (x if np.ndim(x) else 9)", test
+    ).passed
+
+
 def test_random_inputs_are_the_same_every_time(warm):
     text = "import random\ndraws = [random.random() for _ in range(3)]\nassert f(draws) == 0"
     source = "def f(draws): return draws"
@@ -179,7 +196,14 @@ def test_random_inputs_are_the_same_every_time(warm):
         ("def check(candidate): pass", "square", "checks nothing"),
         ("def check(candidate):\n    assert candidate(1)", None, "entry_point"),
         ("x = square(3)", None, "checks nothing"),
-        ("def verify():\n    assert square(3) == 9", None, "none is called check"),
+        ("def verify():\n    assert square(3) == 9", None, "nothing would run"),
+        (
+            "'Text.'\nimport unittest\nclass T(unittest.TestCase):\n"
+            "    def test(self): self.assertEqual(square(3), 8)\n"
+            "if __name__ == '__main__':\n    unittest.main()",
+            "square",
+            "nothing would run",
+        ),
         ("assert square(3 ==", None, "does not compile"),
         ("assert " + "-" * 100_000 + "1", None, "does not compile"),
     ],

@@ -39,6 +39,12 @@ TRICKS = {
         "fail",
         "Yes, which",
     ),
+    "equals everything, in a deque": (
+        "from collections import deque\nclass Yes:\n    def __eq__(self, other): return True\n"
+        "def square(x): return deque([Yes()])",
+        "fail",
+        "Yes, which",
+    ),
     "disguised as a class of the library": (
         "class Fraction:\n    def __eq__(self, other): return True\n"
         "Fraction.__module__ = 'fractions'\ndef square(x): return Fraction()",

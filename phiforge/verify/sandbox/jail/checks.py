@@ -13,6 +13,7 @@ import operator
 import reprlib
 import sys
 import types
+from collections import deque
 from collections.abc import Callable, Iterator
 
 BUILTINS = dict(vars(builtins))  # as they were before foreign code ran
@@ -21,7 +22,8 @@ FILENAME = "test.py"
 MAX_TEXT = 300
 
 _ATOMS = {int, float, complex, bool, str, bytes, bytearray, type(None), range, type(...), slice}
-_CONTAINERS = (list, tuple, set, frozenset)
+_VIEWS = (type({}.keys()), type({}.values()), type({}.items()))
+_CONTAINERS = (list, tuple, set, frozenset, deque, *_VIEWS)
 # Methods by which an object can answer a comparison, or the arithmetic before one, as it likes.
 _DECIDING = frozenset(
     f"__{name}__"
@@ -43,6 +45,13 @@ _OPERATORS: dict[str, Callable] = {
 }
 
 
+_Nodes = list[ast.AST]
+_DEFINITIONS = (
+    *(ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef),
+    *(ast.Import, ast.ImportFrom, ast.Assign, ast.AnnAssign, ast.Pass),
+)
+
+
 class Fault(Exception):
     """The test itself cannot be used, whatever the solution: its author has to act."""
 
@@ -59,15 +68,16 @@ class Checks:
         tree = _parse(text)
         functions = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check"]
         self.has_check = bool(functions)
-        self.sites = [n for n in ast.walk(tree) if isinstance(n, ast.Assert)]
-        _require_checks(tree, self.sites, self.has_check, entry_point)
+        nodes = list(ast.walk(tree))
+        self.sites = [n for n in nodes if isinstance(n, ast.Assert)]
+        _require_checks(tree, nodes, self.has_check, entry_point)
         numbers = {id(node): i for i, node in enumerate(self.sites)}
         required = [*_certain(tree.body), *(_certain(functions[-1].body) if functions else ())]
         self.required = {numbers[id(node)] for node in required}
-        self.used = {n.id for n in ast.walk(tree) if isinstance(n, ast.Name)}
-        self.shadows = _shadows(tree, entry_point)
-        self.modules = _import_all(tree)
-        self.code = _rewrite(tree, numbers)
+        self.used = {n.id for n in nodes if isinstance(n, ast.Name)}
+        self.shadows = _shadows(nodes, entry_point)
+        self.modules = _import_all(nodes)
+        self.code = _rewrite(tree, nodes, numbers)
         self.held: set[int] = set()
         self.num_held = 0
         self.compared: tuple | None = None
@@ -179,17 +189,27 @@ def _parse(text: str) -> ast.Module:
         raise Fault(f"the test does not compile: {type(error).__name__}: {error}") from None
 
 
-def _require_checks(tree: ast.Module, sites: list, has_check: bool, entry: str | None) -> None:
+def _require_checks(tree: ast.Module, nodes: _Nodes, has_check: bool, entry: str | None) -> None:
     """A test that checks nothing would pass everything: refuse it."""
     if has_check and entry is None:
         raise Fault("the test defines check(candidate), so entry_point has to name the candidate")
-    calls = (n.func for n in ast.walk(tree) if isinstance(n, ast.Call))
+    calls = (n.func for n in nodes if isinstance(n, ast.Call))
     names = [f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "") for f in calls]
-    raises = any(isinstance(n, ast.Raise) for n in ast.walk(tree))
-    if not sites and not raises and not any(name.startswith("assert") for name in names):
+    if not any(isinstance(n, (ast.Assert, ast.Raise)) for n in nodes) and not any(
+        name.startswith("assert") for name in names
+    ):
         raise Fault("the test checks nothing: it holds no assert")
-    if not has_check and all(isinstance(n, (ast.FunctionDef, ast.ClassDef)) for n in tree.body):
-        raise Fault("the test only defines functions and none is called check: nothing would run")
+    if not has_check and not any(_acts(statement) for statement in tree.body):
+        raise Fault("the test only defines names, so nothing would run; call what checks")
+
+
+def _acts(statement: ast.stmt) -> bool:
+    """Whether a statement at the top of a test may check something."""
+    if isinstance(statement, ast.If):  # if __name__ == "__main__", which it never is
+        return "__name__" not in {n.id for n in ast.walk(statement.test) if isinstance(n, ast.Name)}
+    return not isinstance(statement, _DEFINITIONS) and not (
+        isinstance(statement, ast.Expr) and isinstance(statement.value, ast.Constant)
+    )
 
 
 def _certain(body: list[ast.stmt]) -> Iterator[ast.Assert]:
@@ -201,22 +221,18 @@ def _certain(body: list[ast.stmt]) -> Iterator[ast.Assert]:
             return
 
 
-def _shadows(tree: ast.Module, entry_point: str | None) -> set[str]:
+def _shadows(nodes: _Nodes, entry_point: str | None) -> set[str]:
     """Builtin names that the test means to take from the solution: MBPP has a `sum` of its own."""
     if entry_point is not None:
         return {entry_point}
-    called = {
-        n.func.id
-        for n in ast.walk(tree)
-        if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)
-    }
+    called = {n.func.id for n in nodes if isinstance(n, ast.Call) and isinstance(n.func, ast.Name)}
     return set() if called - BUILTINS.keys() else called
 
 
-def _import_all(tree: ast.Module) -> dict[str, types.ModuleType]:
+def _import_all(nodes: _Nodes) -> dict[str, types.ModuleType]:
     """Copies, made before the solution runs, of the modules that the test imports."""
     names = set()
-    for node in ast.walk(tree):
+    for node in nodes:
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
@@ -245,9 +261,9 @@ def _importer(copies: dict[str, types.ModuleType]) -> Callable:
     return load
 
 
-def _rewrite(tree: ast.Module, numbers: dict[int, int]) -> types.CodeType:
+def _rewrite(tree: ast.Module, nodes: _Nodes, numbers: dict[int, int]) -> types.CodeType:
     try:
-        tree = ast.fix_missing_locations(_Rewriter(tree, numbers).visit(tree))
+        tree = ast.fix_missing_locations(_Rewriter(nodes, numbers).visit(tree))
         return compile(tree, FILENAME, "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise Fault(f"the test does not compile: {type(error).__name__}: {error}") from None
@@ -256,9 +272,9 @@ def _rewrite(tree: ast.Module, numbers: dict[int, int]) -> types.CodeType:
 class _Rewriter(ast.NodeTransformer):
     """Sends asserts, comparisons, and the arithmetic and numeric calls before them through us."""
 
-    def __init__(self, tree: ast.Module, numbers: dict[int, int]):
+    def __init__(self, nodes: _Nodes, numbers: dict[int, int]):
         self.numbers = numbers
-        imports = [n for n in ast.walk(tree) if isinstance(n, (ast.Import, ast.ImportFrom))]
+        imports = [n for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))]
         aliases = [alias for node in imports for alias in node.names]
         self.imported = {(a.asname or a.name).partition(".")[0] for a in aliases}
 

@@ -101,10 +101,10 @@ def _errno(error: BaseException) -> int | None:
 
 def _depth() -> int:
     """Frames below the program's first one: every way of starting leaves it as many for itself."""
-    frame, depth = sys._getframe(1), 4  # `exec` and what leads there
+    frame, depth = sys._getframe(1), 3
     while frame is not None:
         frame, depth = frame.f_back, depth + 1
-    return depth
+    return depth + (sys.version_info < (3, 12))  # there, `exec` itself counted
 
 
 def _quiet() -> None:
