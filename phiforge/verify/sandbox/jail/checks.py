@@ -15,6 +15,7 @@ import sys
 import types
 from collections import deque
 from collections.abc import Callable, Iterator
+from typing import Any
 
 BUILTINS = dict(vars(builtins))  # as they were before foreign code ran
 __builtins__ = dict(BUILTINS)  # where the functions below look: no program can reach it by name
@@ -68,7 +69,7 @@ class Checks:
         tree = _parse(text)
         functions = [n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "check"]
         self.has_check = bool(functions)
-        nodes = list(ast.walk(tree))
+        nodes = list(_walk_code(tree))
         self.sites = [n for n in nodes if isinstance(n, ast.Assert)]
         _require_checks(tree, nodes, self.has_check, entry_point)
         numbers = {id(node): i for i, node in enumerate(self.sites)}
@@ -189,6 +190,27 @@ def _parse(text: str) -> ast.Module:
         raise Fault(f"the test does not compile: {type(error).__name__}: {error}") from None
 
 
+def _walk_code(root: ast.AST) -> Iterator[ast.AST]:
+    """The nodes of a tree without the insides of constant lists, which may be a megabyte."""
+    stack = [root]
+    while stack:
+        node = stack.pop()
+        yield node
+        if not _is_data(node):
+            stack.extend(ast.iter_child_nodes(node))
+
+
+def _is_data(node: ast.AST | None) -> bool:
+    """Whether a node is a constant, or a list of constants."""
+    if isinstance(node, (ast.List, ast.Tuple, ast.Set)):
+        return all(map(_is_data, node.elts))
+    if isinstance(node, ast.Dict):
+        return all(map(_is_data, node.keys)) and all(map(_is_data, node.values))
+    if isinstance(node, ast.UnaryOp):
+        return isinstance(node.operand, ast.Constant)
+    return isinstance(node, ast.Constant)
+
+
 def _require_checks(tree: ast.Module, nodes: _Nodes, has_check: bool, entry: str | None) -> None:
     """A test that checks nothing would pass everything: refuse it."""
     if has_check and entry is None:
@@ -217,7 +239,7 @@ def _certain(body: list[ast.stmt]) -> Iterator[ast.Assert]:
     for statement in body:
         if isinstance(statement, ast.Assert):
             yield statement
-        elif any(isinstance(n, (ast.Return, ast.Yield)) for n in ast.walk(statement)):
+        elif any(isinstance(n, (ast.Return, ast.Yield)) for n in _walk_code(statement)):
             return
 
 
@@ -263,7 +285,7 @@ def _importer(copies: dict[str, types.ModuleType]) -> Callable:
 
 def _rewrite(tree: ast.Module, nodes: _Nodes, numbers: dict[int, int]) -> types.CodeType:
     try:
-        tree = ast.fix_missing_locations(_Rewriter(nodes, numbers).visit(tree))
+        tree = _Rewriter(nodes, numbers).visit(tree)
         return compile(tree, FILENAME, "exec", dont_inherit=True)
     except (SyntaxError, ValueError, RecursionError, MemoryError) as error:
         raise Fault(f"the test does not compile: {type(error).__name__}: {error}") from None
@@ -277,6 +299,9 @@ class _Rewriter(ast.NodeTransformer):
         imports = [n for n in nodes if isinstance(n, (ast.Import, ast.ImportFrom))]
         aliases = [alias for node in imports for alias in node.names]
         self.imported = {(a.asname or a.name).partition(".")[0] for a in aliases}
+
+    def visit(self, node: ast.AST) -> Any:
+        return node if _is_data(node) else super().visit(node)
 
     def visit_Assert(self, node: ast.Assert) -> ast.Assert:
         self.generic_visit(node)
@@ -321,8 +346,11 @@ class _Rewriter(ast.NodeTransformer):
 
 
 def _call(name: str, *arguments: ast.expr) -> ast.Call:
-    node = ast.Call(ast.Name(name, ast.Load()), list(arguments), [])
-    return ast.copy_location(node, arguments[-1])
+    like = arguments[-1]
+    for argument in arguments[:-1]:
+        ast.copy_location(argument, argument if hasattr(argument, "lineno") else like)
+    function = ast.copy_location(ast.Name(name, ast.Load()), like)
+    return ast.copy_location(ast.Call(function, list(arguments), []), like)
 
 
 def _guard(name: str, value: ast.expr) -> ast.expr:
