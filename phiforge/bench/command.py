@@ -1,10 +1,11 @@
-"""`phiforge bench engine | train | setup`: the commands, and nothing that needs torch to be shown.
+"""`phiforge bench engine | train | sandbox | setup`: the commands; --help needs no torch.
 
 `app` is added to the command line by cli.py. Tables go to standard output, progress to standard
 error; --out writes the JSON to a file.
 """
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,7 +14,7 @@ import typer
 app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="Measure phiforge beside other programs: same weights, same work, taking turns.",
+    help="Measure phiforge beside other programs: the same work, taking turns.",
     epilog="Example: `phiforge bench engine --size nano --peer transformers`",
 )
 
@@ -72,9 +73,31 @@ def train(
     _measure("train", *options, json_output=json_output, out=out)
 
 
+@app.command(epilog="Example: `phiforge bench sandbox --workers 2 --out sandbox.json`")
+def sandbox(
+    workers: Annotated[
+        list[int] | None, typer.Option(min=1, help="Programs at a time; default: 1, then 2.")
+    ] = None,
+    peer_python: PythonOption = None,
+    repeat: RepeatOption = 5,
+    quick: QuickOption = False,
+    json_output: JsonOption = False,
+    out: OutOption = None,
+) -> None:
+    """Running foreign programs: our sandbox, others', no isolation, what the machine allows."""
+    from phiforge.bench import sandbox as bench
+
+    pythons = _pythons(peer_python or ())
+    _check_out(out)
+    result = bench.run(bench.Options(tuple(workers or (1, 2)), repeat, quick, pythons))
+    _show(result, bench.text, json_output=json_output, out=out)
+    if bench.wrong(result):
+        raise typer.Exit(1)
+
+
 @app.command(epilog="Example: `phiforge bench setup transformers`")
 def setup(
-    peer: Annotated[str, typer.Argument(help="transformers, litgpt or llama.cpp.")],
+    peer: Annotated[str, typer.Argument(help="transformers, litgpt, llama.cpp or sandlock.")],
 ) -> None:
     """Make a peer's environment in the user's cache; installs from PyPI."""
     from phiforge.bench.environments import setup as make
@@ -109,15 +132,25 @@ def _measure(
         quick=quick,
         timeout_seconds=timeout,
     )
+    _check_out(out)
+    result = run(options)
+    _show(result, text, json_output=json_output, out=out)
+    if any(wrong(summary) for summary in result["groups"]):
+        raise typer.Exit(1)
+
+
+def _check_out(out: Path | None) -> None:
     if out is not None and not out.parent.is_dir():
         raise typer.BadParameter(f"--out {out}: no folder {out.parent}")
-    result = run(options)
+
+
+def _show(
+    result: dict[str, Any], text: Callable[[Any], str], *, json_output: bool, out: Path | None
+) -> None:
     written = json.dumps(result, indent=1, ensure_ascii=False)
     if out is not None:
         out.write_text(written + "\n", encoding="utf-8")
     print(written if json_output else text(result))
-    if any(wrong(summary) for summary in result["groups"]):
-        raise typer.Exit(1)
 
 
 def _pythons(pairs: Any) -> dict[str, str]:

@@ -25,7 +25,7 @@ class Peer:
 
     name: str
     driver: str
-    tasks: tuple[str, ...]  # "engine", "train"
+    tasks: tuple[str, ...]  # "engine", "train", "sandbox"
 
     @property
     def script(self) -> Path:
@@ -44,6 +44,7 @@ PEERS = {
         Peer("transformers", "run_transformers.py", ("engine", "train")),
         Peer("litgpt", "run_litgpt.py", ("train",)),
         Peer("llama.cpp", "run_llama_cpp.py", ("engine",)),
+        Peer("sandlock", "run_sandlock.py", ("sandbox",)),
     )
 }
 
