@@ -122,6 +122,21 @@ def binomial_tail(successes: int, n: int, probability: float = 0.5, side: str = 
 # ------------------------------------------------------------------------------ paired results
 
 
+def fisher(successes_a: int, n_a: int, successes_b: int, n_b: int) -> float:
+    """Fisher's exact test of two independent shares: the two-sided p-value.
+
+    The probability, both totals given, of a table no likelier than the one seen.
+    """
+    _check_count(successes_a, n_a)
+    _check_count(successes_b, n_b)
+    total = successes_a + successes_b
+    tables = range(max(0, total - n_b), min(total, n_a) + 1)
+    ways = {k: math.comb(n_a, k) * math.comb(n_b, total - k) for k in tables}
+    return sum(way for way in ways.values() if way <= ways[successes_a]) / math.comb(
+        n_a + n_b, total
+    )
+
+
 def mcnemar(
     a_correct: Sequence[bool], b_correct: Sequence[bool], confidence: float = 0.95
 ) -> PairedTest:

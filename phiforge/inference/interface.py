@@ -6,7 +6,7 @@ Everything that samples takes a `Generator`: our engine, an endpoint, `transform
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
@@ -139,10 +139,13 @@ class Generator(Protocol):
         stop: Sequence[str] = (),
         logprobs: bool = False,
         progress: Progress | None = None,
+        forbidden_first: Sequence[Collection[int]] | None = None,
     ) -> list[list[Completion]]:
         """For each prompt its samples `first_index` .. `first_index + n - 1`, in order.
 
-        Sample i is a function of (seed, the prompt's token ids, i) alone. `progress(k)` is called
+        Sample i is a function of (seed, the prompt's token ids, i) alone, and of
+        `forbidden_first`: for each prompt the token ids that the first token drawn must not be
+        (the others' probabilities are renormalised; later tokens are free). `progress(k)` is called
         as k more completions are done.
         """
         ...

@@ -99,25 +99,38 @@ class ScriptedEngine:
         seed: int,
         first_index: int,
         logprobs: bool,
+        forbidden_first: Sequence[Sequence[int]] | None = None,
     ) -> list[list[Sample]]:
         if len(self.calls) == self.die_at:
             raise KeyboardInterrupt
         self.calls.append(Call([tuple(p) for p in prompts], n, first_index, max_tokens))
         indices = range(first_index, first_index + n)
+        refused = forbidden_first or [()] * len(prompts)
         return [
-            [self._sample(tuple(p), seed, i, max_tokens, logprobs) for i in indices]
-            for p in prompts
+            [self._sample(tuple(p), seed, i, max_tokens, logprobs, no) for i in indices]
+            for p, no in zip(prompts, refused, strict=True)
         ]
 
     def _sample(
-        self, prompt: tuple[int, ...], seed: int, index: int, limit: int, logprobs: bool
+        self,
+        prompt: tuple[int, ...],
+        seed: int,
+        index: int,
+        limit: int,
+        logprobs: bool,
+        refused: Sequence[int] = (),
     ) -> Sample:
         u = self._quantile(prompt, seed, index)
         ids: list[int] = []
         logs: list[float] = []
         last = prompt[-1]
         while len(ids) < limit and last != STOP:
-            last, share, u = _branch(self.chain.next(last), u)
+            choices = self.chain.next(last)
+            if refused and not ids:
+                choices = [choice for choice in choices if choice[0] not in refused]
+                total = sum(share for _, share in choices)
+                choices = [(token, share / total) for token, share in choices]
+            last, share, u = _branch(choices, u)
             ids.append(last)
             logs.append(math.log(share))
         reason = "stop" if last == STOP else "length"

@@ -65,6 +65,7 @@ def searched(rows: int, count: int = 3) -> list[Any]:
         forked_engine(rows),
         problems(count),
         oracle,
+        method="paper",
         n_filter=32,
         n_rollouts=96,
         max_tokens=12,
@@ -123,7 +124,9 @@ def inputs(tmp_path: Path) -> dict[str, Path]:
 
 
 def test_the_stage_finds_the_digit_that_decides(inputs: dict[str, Path], tmp_path: Path) -> None:
-    config = PivotalConfig(n_filter=32, n_rollouts=32, max_tokens=16, band=(0.1, 0.9))
+    config = PivotalConfig(
+        method="paper", n_filter=32, n_rollouts=32, max_tokens=16, band=(0.1, 0.9)
+    )
     out = StageDir.scratch(tmp_path / "pivotal")
     metrics = run(config, inputs, out)
     assert metrics["questions_in_band"] == metrics["pairs"] == 5

@@ -49,7 +49,12 @@ def test_first_tokens_pool_the_rollouts_of_the_longer_prefix() -> None:
 
 
 def test_a_pair_holds_one_token_a_side_and_its_counts() -> None:
-    arguments: dict[str, Any] = {"n_filter": 16, "n_rollouts": 16, "max_tokens": 12}
+    arguments: dict[str, Any] = {
+        "method": "paper",
+        "n_filter": 16,
+        "n_rollouts": 16,
+        "max_tokens": 12,
+    }
     run = pivotal.search(
         ScriptedEngine(FORK, strata=16), problems(1, family="forks"), oracle, **arguments
     )
@@ -70,7 +75,13 @@ def test_a_pair_holds_one_token_a_side_and_its_counts() -> None:
 
 
 def test_all_prefixes_give_at_least_the_pivotal_pairs_for_no_more_tokens() -> None:
-    arguments: dict[str, Any] = {"n_filter": 32, "n_rollouts": 32, "max_tokens": 12, "gap": 0.3}
+    arguments: dict[str, Any] = {
+        "method": "paper",
+        "n_filter": 32,
+        "n_rollouts": 32,
+        "max_tokens": 12,
+        "gap": 0.3,
+    }
     runs = [
         pivotal.search(ScriptedEngine(FORK), problems(8), oracle, pairs_from=source, **arguments)
         for source in ("pivotal", "all_prefixes")
@@ -85,7 +96,12 @@ def test_all_prefixes_give_at_least_the_pivotal_pairs_for_no_more_tokens() -> No
 
 
 def test_the_pair_gap_may_be_larger_than_the_gap() -> None:
-    arguments: dict[str, Any] = {"n_filter": 32, "n_rollouts": 32, "max_tokens": 12}
+    arguments: dict[str, Any] = {
+        "method": "paper",
+        "n_filter": 32,
+        "n_rollouts": 32,
+        "max_tokens": 12,
+    }
     run = pivotal.search(ScriptedEngine(FORK), problems(8), oracle, pair_gap=0.6, **arguments)
     pairs = [p for q in run.questions() for p in q.pairs]
     assert pairs

@@ -15,6 +15,7 @@ from pivotal_world import FORK, ScriptedEngine, oracle, problems
 from phiforge.posttrain import pivotal
 
 ARGUMENTS: dict[str, Any] = {
+    "method": "paper",
     "n_filter": 16,
     "n_rollouts": 16,
     "max_tokens": 12,

@@ -23,7 +23,7 @@ from phiforge.core.records import Problem
 from phiforge.posttrain import pivotal
 from phiforge.verify.answers import OracleError
 
-EXACT: dict[str, Any] = {"n_filter": 16, "n_rollouts": 16, "max_tokens": 12}
+EXACT: dict[str, Any] = {"method": "paper", "n_filter": 16, "n_rollouts": 16, "max_tokens": 12}
 
 
 def search(engine: ScriptedEngine, count: int = 1, **arguments: Any) -> pivotal.Search:
@@ -109,7 +109,12 @@ def test_on_random_trees_it_finds_what_figure_4_finds() -> None:
     for _ in range(40):
         chain = random_tree(rng)
         engine = ScriptedEngine(chain, strata=64)
-        arguments: dict[str, Any] = {"n_filter": 64, "n_rollouts": 64, "gap": 0.125}
+        arguments: dict[str, Any] = {
+            "method": "paper",
+            "n_filter": 64,
+            "n_rollouts": 64,
+            "gap": 0.125,
+        }
         (question,) = search(engine, paths_per_question=20, **arguments).questions()
         for path in question.paths:
             expected = reference(chain, path.token_ids, path.logprobs, 0.125)
@@ -295,7 +300,7 @@ def test_iterating_goes_on_where_it_stopped() -> None:
 
 def test_what_is_asked_wrongly_is_refused() -> None:
     engine = ScriptedEngine(FORK)
-    with pytest.raises(ValueError, match="the methods are: paper"):
+    with pytest.raises(ValueError, match="allowed: paper, fast, balanced, thorough"):
         pivotal.search(engine, problems(1), oracle, method="quick")
     with pytest.raises(ValueError, match="gap is 0"):
         pivotal.search(engine, problems(1), oracle, gap=0)

@@ -39,6 +39,7 @@ def collected(
         engine,
         problems(6, family="forks"),
         oracle,
+        method="paper",
         n_filter=16,
         n_rollouts=16,
         max_tokens=12,

@@ -9,13 +9,14 @@ from __future__ import annotations
 import functools
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from phiforge.inference.engine.answer import Answer
+from phiforge.inference.engine.constrain import forbid_first
 from phiforge.inference.engine.memory import free_bytes
 from phiforge.inference.engine.requests import Bounds, Call
 from phiforge.inference.engine.runner import BLOCK, Kernels, Mode, Runner, make_runner, why_torch
@@ -169,13 +170,15 @@ class Engine:
         progress: Progress | None = None,
         forced: Sequence[Sequence[int]] | None = None,
         masks: Sequence[TokenMask | None] | None = None,
+        forbidden_first: Sequence[Collection[int]] | None = None,
     ) -> list[list[Completion]]:
         """For each prompt its samples `first_index` .. `first_index + n - 1`, in order.
 
         Settings as in `Sampling`; sample i is a function of (seed, the prompt's token ids, i),
         of its forced tokens and its mask. `forced`: for each prompt the tokens every answer begins
         with; they count toward `max_tokens`, and the draws after them are those the sample would
-        have made at these places. `masks`: for each prompt None or a mask (constrain.py).
+        have made at these places. `masks`: for each prompt None or a mask (constrain.py);
+        `forbidden_first`: the token ids that the first drawn token must not be, as masks.
         `logprobs` are the model's at temperature 1, in fp32, before masks. `progress(k)` is called
         as k more of the len(prompts) x n completions are done.
 
@@ -197,6 +200,10 @@ class Engine:
             bounds = self._bounds()
             ids = bounds.prompts(prompts)
             starts = _one_each("forced", forced, len(ids), ())
+            if forbidden_first is not None:
+                if masks is not None:
+                    raise ValueError("give masks or forbidden_first, not both")
+                masks = [forbid_first(tokens) if tokens else None for tokens in forbidden_first]
             rules = _one_each("masks", masks, len(ids), None)
             call = self._new_call(bounds)
             indices = range(first_index, first_index + n)

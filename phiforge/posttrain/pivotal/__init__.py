@@ -5,9 +5,15 @@ Call `search(engine, problems, oracle)` and iterate over the PivotalTokens it fi
 """
 
 from phiforge.posttrain.pivotal.estimates import Estimate, Ledger, Rollout, difference_interval
-from phiforge.posttrain.pivotal.question import PivotalToken, QuestionResult, SearchedPath, Settings
+from phiforge.posttrain.pivotal.results import (
+    METHODS,
+    PivotalToken,
+    QuestionResult,
+    SearchedPath,
+    Settings,
+)
 from phiforge.posttrain.pivotal.rollouts import RolloutLog
-from phiforge.posttrain.pivotal.search import METHODS, Search, search
+from phiforge.posttrain.pivotal.search import Search, search
 from phiforge.posttrain.pivotal.subdivide import midpoint, subdivide
 
 __all__ = [

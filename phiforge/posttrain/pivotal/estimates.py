@@ -1,7 +1,8 @@
 """p(success | prefix) with its counts, memoised per prefix of token ids, one ledger per question.
 
 `Ledger.missing(prefix, n)` says which rollouts are still to be drawn, `Ledger.add` stores them,
-`Ledger.estimate` gives (n, successes); a finished prefix is exact and needs none.
+`Ledger.estimate` gives (n, successes); a finished prefix is exact and needs none. A detour is a
+rollout whose first token must not be the path's: it leaves the path at once.
 """
 
 import math
@@ -44,12 +45,16 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Request:
-    """Rollouts to draw: `n` samples of `prefix`, numbered from `first_index`."""
+    """Rollouts to draw: `n` samples of `prefix`, numbered from `first_index`.
+
+    With `forbidden` they are detours: the first token is any but that one, by the sampler's law.
+    """
 
     prefix: Prefix
     first_index: int
     n: int
     purpose: str = "search"
+    forbidden: int | None = None
 
 
 def difference_interval(
@@ -75,13 +80,22 @@ def _bounds(estimate: Estimate, confidence: float) -> tuple[float, float]:
     return interval.low, interval.high
 
 
+PURPOSES = ("filter", "search", "confirm", "pair")
+
+
 @dataclass
 class Ledger:
-    """All rollouts of one question, by the path prefix (without the prompt) they continue."""
+    """All rollouts of one question, by the path prefix (without the prompt) they continue.
+
+    `rollouts` are free continuations, `detours` those that avoid a first token; `history` has every
+    answered request in order, so that several paths can learn from what was drawn for one.
+    """
 
     rollouts: dict[Prefix, list[Rollout]] = field(default_factory=dict)
+    detours: dict[tuple[Prefix, int], list[Rollout]] = field(default_factory=dict)
     finished: dict[Prefix, Estimate] = field(default_factory=dict)
-    num_tokens: dict[str, int] = field(default_factory=lambda: {"filter": 0, "search": 0})
+    history: list[tuple[Request, list[Rollout]]] = field(default_factory=list)
+    num_tokens: dict[str, int] = field(default_factory=lambda: dict.fromkeys(PURPOSES, 0))
 
     def missing(self, prefix: Prefix, n: int, purpose: str = "search") -> Request | None:
         """The rollouts still needed for `n` draws at `prefix`; None when there are enough."""
@@ -90,9 +104,23 @@ class Ledger:
             return None
         return Request(prefix, have, n - have, purpose)
 
+    def num_drawn(self, prefix: Prefix, forbidden: int | None = None) -> int:
+        """How many there are: the next request's first index."""
+        if forbidden is None:
+            return len(self.rollouts.get(prefix, ()))
+        return len(self.detours.get((prefix, forbidden), ()))
+
+    def fresh(self, prefix: Prefix, n: int, purpose: str, forbidden: int | None = None) -> Request:
+        """A request for `n` rollouts that nothing has been decided by."""
+        return Request(prefix, self.num_drawn(prefix, forbidden), n, purpose, forbidden)
+
     def add(self, request: Request, rollouts: list[Rollout]) -> None:
         """Store the rollouts of a request, in sample order."""
-        drawn = self.rollouts.setdefault(request.prefix, [])
+        if request.forbidden is None:
+            drawn = self.rollouts.setdefault(request.prefix, [])
+        else:
+            drawn = self.detours.setdefault((request.prefix, request.forbidden), [])
+        self.history.append((request, rollouts))
         assert len(drawn) == request.first_index, "rollouts must be added in sample order"
         assert len(rollouts) == request.n, "a request is answered as a whole"
         drawn += rollouts
@@ -140,4 +168,4 @@ class Ledger:
     @property
     def num_unscored(self) -> int:
         """Rollouts whose oracle failed."""
-        return sum(r.success is None for drawn in self.rollouts.values() for r in drawn)
+        return sum(r.success is None for _, drawn in self.history for r in drawn)

@@ -63,22 +63,41 @@ def make_pair(
     picked = best_against_worst(groups, before.p, gap, min_count, stop_ids)
     if picked is None:
         return None
-    chosen, rejected = picked
+    return build_pair(
+        problem,
+        prompt_token_ids,
+        prefix,
+        {token: groups[token] for token in picked},
+        tokenizer,
+        {"source": source, **_counts("before", before), "num_first_tokens": len(groups)},
+        number,
+    )
+
+
+def build_pair(
+    problem: Problem,
+    prompt_token_ids: Prefix,
+    prefix: Prefix,
+    sides: Mapping[int, Estimate],
+    tokenizer: PromptTokenizer,
+    metadata: Mapping[str, Any],
+    number: int,
+) -> Pair:
+    """A Pair of two next tokens (`sides`: chosen, then rejected) with their counts."""
+    (chosen, chosen_counts), (rejected, rejected_counts) = sides.items()
     ids = [*prompt_token_ids, *prefix]
-    low, high = difference_interval(groups[rejected], groups[chosen])
-    metadata: dict[str, Any] = {
+    low, high = difference_interval(rejected_counts, chosen_counts)
+    details: dict[str, Any] = {
         "problem_id": problem.id,
-        "source": source,
         "position": len(prefix),
         "num_prompt_tokens": len(prompt_token_ids),
-        **_counts("before", before),
-        **_counts("chosen", groups[chosen]),
-        **_counts("rejected", groups[rejected]),
-        "delta": groups[chosen].p - groups[rejected].p,
+        **metadata,
+        **_counts("chosen", chosen_counts),
+        **_counts("rejected", rejected_counts),
+        "delta": chosen_counts.p - rejected_counts.p,
         "interval": [low, high],
-        "num_first_tokens": len(groups),
     }
-    metadata |= {k: problem.metadata[k] for k in ("family", "licence") if k in problem.metadata}
+    details |= {k: problem.metadata[k] for k in ("family", "licence") if k in problem.metadata}
     return Pair(
         id=f"{problem.id}/{number}",
         prompt=tokenizer.decode(ids, skip_special=False),
@@ -87,7 +106,7 @@ def make_pair(
         prompt_token_ids=ids,
         chosen_token_ids=[chosen],
         rejected_token_ids=[rejected],
-        metadata=metadata,
+        metadata=details,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from phiforge.posttrain.pivotal.estimates import Prefix, Request, Rollout
 
-Key = tuple[str, str, Prefix, int, int]
+Key = tuple[str, str, Prefix, int | None, int, int]
 
 
 def row_of(problem_id: str, prompt: Prefix, request: Request, rollouts: list[Rollout]) -> dict:
@@ -28,6 +28,8 @@ def row_of(problem_id: str, prompt: Prefix, request: Request, rollouts: list[Rol
         "outcomes": [None if r.success is None else int(r.success) for r in rollouts],
         "token_ids": [list(r.token_ids) for r in rollouts],
     }
+    if request.forbidden is not None:
+        row["forbidden"] = request.forbidden
     if any(r.logprobs is not None for r in rollouts):
         row["logprobs"] = [list(r.logprobs or ()) for r in rollouts]
     return row
@@ -64,7 +66,8 @@ class RolloutLog:
 
     def read(self, problem_id: str, prompt: Prefix, request: Request) -> list[Rollout] | None:
         """The rollouts of a request, or None when it was never answered."""
-        key = (problem_id, _digest(prompt), request.prefix, request.first_index, request.n)
+        place = (request.prefix, request.forbidden, request.first_index, request.n)
+        key = (problem_id, _digest(prompt), *place)
         offset = self._offsets.get(key)
         if offset is None:
             return None
@@ -121,7 +124,8 @@ def _check(path: Path, found: Any, wanted: dict[str, Any]) -> None:
 
 def _key(row: dict[str, Any]) -> Key:
     prefix = tuple(row["prefix"])
-    return row["problem_id"], row["prompt"], prefix, row["first_index"], len(row["outcomes"])
+    place = (prefix, row.get("forbidden"), row["first_index"], len(row["outcomes"]))
+    return row["problem_id"], row["prompt"], *place
 
 
 def _line(row: dict[str, Any]) -> bytes:

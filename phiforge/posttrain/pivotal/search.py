@@ -5,7 +5,7 @@ questions. Writes only the rollout log it is given; results come in question ord
 """
 
 from collections import Counter
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from itertools import groupby, islice
 from pathlib import Path
@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING, Any
 from phiforge.core.records import Problem
 from phiforge.inference.interface import PromptTokenizer, prompt_token_ids
 from phiforge.posttrain.pivotal.estimates import Ledger, Prefix, Request, Rollout
-from phiforge.posttrain.pivotal.question import (
+from phiforge.posttrain.pivotal.question import investigate
+from phiforge.posttrain.pivotal.results import (
     PairsFrom,
     PathChoice,
     PivotalToken,
     QuestionResult,
     Settings,
-    investigate,
 )
 from phiforge.posttrain.pivotal.rollouts import RolloutLog, row_of
 from phiforge.verify.answers import OracleError
@@ -30,16 +30,17 @@ if TYPE_CHECKING:
     from phiforge.inference.interface import Generator as Engine
 
 Oracle = Callable[[Problem, str], bool]
-METHODS = ("paper",)
 # Six decimals of a log-probability are far below its own rounding error, and halve the log.
 LOGPROB_DECIMALS = 6
+# Sample numbers of detours: their randomness is not that of the free rollouts of the same prefix.
+DETOURS = 1 << 30
 
 
 def search(
     engine: "Engine",
     problems: Iterable[Problem],
     oracle: Oracle,
-    method: str = "paper",
+    method: str = "balanced",
     gap: float = 0.2,
     seed: int = 0,
     *,
@@ -53,6 +54,8 @@ def search(
     pairs_from: PairsFrom = "pivotal",
     pair_gap: float | None = None,
     min_count: int = 3,
+    n_pair: int = 24,
+    paths: Mapping[str, Sequence[Sequence[int]]] | None = None,
     max_pairs: int | None = None,
     budget_tokens: int | None = None,
     log: str | Path | None = None,
@@ -61,19 +64,21 @@ def search(
 ) -> "Search":
     """Find the tokens that move p(success) by `gap` or more (arXiv 2412.08905 §4.3, Fig. 4).
 
-    Draws `n_filter` answers a question, keeps questions with p in `band`, makes
-    `paths_per_question` of these answers paths, and bisects each at log-probability midpoints with
-    `n_rollouts` rollouts per prefix. Text prompts are encoded as they are; give chat messages for a
-    chat model. `max_tokens` bounds path + continuation. `oracle` sees the problem and the decoded
-    response without special tokens; when it raises OracleError the rollout is unscored.
+    Draws `n_filter` answers a question, keeps questions with p in `band`, and searches
+    `paths_per_question` of these answers. `method`: "fast", "balanced" and "thorough" spend
+    rollouts where they decide most and measure every token found on fresh ones; "paper" bisects
+    each path at log-probability midpoints with `n_rollouts` rollouts a prefix, as the report says,
+    and confirms nothing. Text prompts are encoded as they are; give chat messages for a chat model.
+    `max_tokens` bounds path + continuation. `oracle` sees the problem and the decoded response
+    without special tokens; when it raises OracleError the rollout is unscored.
 
+    `paths` gives the token ids of the answers to search, by problem id, in place of sampled ones.
     `budget_tokens` (generated tokens) and `max_pairs` are spent in question order: a question
     counts when those before it leave something. `log` makes the search resumable. The last two
     arguments change speed alone. Raises ValueError for settings out of range.
     """
-    if method not in METHODS:
-        raise ValueError(f"pivotal: method is {method!r}; the methods are: {', '.join(METHODS)}")
     settings = Settings(
+        method=method,
         gap=gap,
         band=band,
         n_filter=n_filter,
@@ -85,10 +90,12 @@ def search(
         pairs_from=pairs_from,
         pair_gap=pair_gap,
         min_count=min_count,
+        n_pair=n_pair,
         seed=seed,
     )
     limits = Limits(budget_tokens, max_pairs, questions_in_flight, rollouts_per_call)
-    return Search(engine, list(problems), oracle, settings, limits, Path(log) if log else None)
+    log = Path(log) if log else None
+    return Search(engine, list(problems), oracle, settings, limits, log, paths or {})
 
 
 @dataclass(frozen=True)
@@ -126,8 +133,8 @@ class Search:
     """An iterable of PivotalTokens that searches as it is read, once.
 
     The counters cover the questions given out so far: `num_filter_tokens`, `num_search_tokens`,
-    `num_confirm_tokens` and `num_pair_tokens` (both 0: the report confirms nothing and pairs what
-    it has) are tokens of rollouts; `num_questions`, `num_unscored` (rollouts), `num_pairs`.
+    `num_confirm_tokens` and `num_pair_tokens` (both 0 for "paper", which confirms nothing and pairs
+    what it has) are tokens of rollouts; `num_questions`, `num_unscored` (rollouts), `num_pairs`.
     """
 
     def __init__(
@@ -138,6 +145,7 @@ class Search:
         settings: Settings,
         limits: Limits,
         log: Path | None = None,
+        paths: Mapping[str, Sequence[Sequence[int]]] | None = None,
     ):
         repeated = [name for name, n in Counter(p.id for p in problems).items() if n > 1]
         if repeated:
@@ -150,6 +158,7 @@ class Search:
         self.num_confirm_tokens = self.num_pair_tokens = 0
         self.num_discarded_tokens = 0
         self._problems = problems
+        self._paths = paths or {}
         self._log_path = log
         self._log: RolloutLog | None = None
         self._active: list[_Active] = []
@@ -208,6 +217,8 @@ class Search:
         self.num_unscored += question.ledger.num_unscored
         self.num_filter_tokens += question.ledger.num_tokens["filter"]
         self.num_search_tokens += question.ledger.num_tokens["search"]
+        self.num_confirm_tokens += question.ledger.num_tokens["confirm"]
+        self.num_pair_tokens += question.ledger.num_tokens["pair"]
         return question
 
     def _tokens_in_flight(self) -> int:
@@ -226,10 +237,26 @@ class Search:
             prompt = prompt_token_ids(self.tokenizer, problem.prompt)
             if not prompt:
                 raise ValueError(f"pivotal: problem {problem.id!r} has an empty prompt")
-            coroutine = investigate(problem, prompt, ledger, self.settings, self.tokenizer)
+            given = self._given(problem, prompt)
+            coroutine = investigate(problem, prompt, ledger, self.settings, self.tokenizer, given)
             first = next(coroutine)
             self._active.append(_Active(self._started, problem, prompt, ledger, coroutine, first))
             self._started += 1
+
+    def _given(self, problem: Problem, prompt: Prefix) -> list[Rollout]:
+        """The paths that were asked for, with their log-probabilities and the oracle's word."""
+        wanted = [list(path) for path in self._paths.get(problem.id, ())]
+        if not wanted:
+            return []
+        scores = self.engine.score([list(prompt)] * len(wanted), wanted)
+        rollouts = []
+        for path, logprobs in zip(wanted, scores, strict=True):
+            rounded = tuple(round(float(x), LOGPROB_DECIMALS) for x in logprobs)
+            success = self._judge(problem, path)
+            if success is None:
+                raise ValueError(f"pivotal: the oracle failed on a given path of {problem.id!r}")
+            rollouts.append(Rollout(tuple(path), success, rounded))
+        return rollouts
 
     def _advance(self, active: _Active) -> None:
         try:
@@ -250,9 +277,9 @@ class Search:
             else:
                 fresh.append((active, request))
         # One call has one n, first index and purpose; the sort keeps the questions' order.
-        for (_, n, _), group in groupby(sorted(fresh, key=_kind), key=_kind):
+        for kind, group in groupby(sorted(fresh, key=_kind), key=_kind):
             items = iter(group)
-            while part := list(islice(items, max(1, self.limits.rollouts_per_call // n))):
+            while part := list(islice(items, max(1, self.limits.rollouts_per_call // kind[1]))):
                 self._generate(part)
 
     def _logged(self, active: _Active, request: Request) -> list[Rollout] | None:
@@ -263,14 +290,18 @@ class Search:
     def _generate(self, part: list[tuple[_Active, Request]]) -> None:
         """One engine call; its rollouts are scored, logged, then added to their ledgers."""
         first = part[0][1]
+        arguments: dict[str, Any] = {}
+        if first.forbidden is not None:
+            arguments["forbidden_first"] = [[request.forbidden] for _, request in part]
         completions = self.engine.generate(
             [[*active.prompt, *request.prefix] for active, request in part],
             n=first.n,
             max_tokens=max(self._room(request) for _, request in part),
             temperature=self.settings.temperature,
             seed=self.settings.seed,
-            first_index=first.first_index,
+            first_index=first.first_index + (DETOURS if first.forbidden is not None else 0),
             logprobs=first.purpose == "filter",
+            **arguments,
         )
         drawn = [
             [self._score(active.problem, request, sample) for sample in samples]
@@ -292,11 +323,7 @@ class Search:
         # A call has one limit, that of its shortest prefix; the others are cut to theirs here, so
         # that no rollout depends on what it was batched with.
         token_ids = tuple(sample.token_ids[: self._room(request)])
-        response = self.tokenizer.decode([*request.prefix, *token_ids], skip_special=True)
-        try:
-            success: bool | None = bool(self.oracle(problem, response))
-        except OracleError:
-            success = None
+        success = self._judge(problem, [*request.prefix, *token_ids])
         logprobs = None
         if sample.logprobs is not None:
             logprobs = tuple(
@@ -304,12 +331,18 @@ class Search:
             )
         return Rollout(token_ids, success, logprobs)
 
+    def _judge(self, problem: Problem, path: Sequence[int]) -> bool | None:
+        try:
+            return bool(self.oracle(problem, self.tokenizer.decode(path, skip_special=True)))
+        except OracleError:
+            return None
+
     def _header(self) -> dict[str, Any]:
         """What a rollout depends on besides its prefix; the gap is not part of it."""
         names = ("seed", "temperature", "max_tokens")
         return {"format": 1} | {name: getattr(self.settings, name) for name in names}
 
 
-def _kind(item: tuple[_Active, Request]) -> tuple[str, int, int]:
+def _kind(item: tuple[_Active, Request]) -> tuple[str, int, int, bool]:
     request = item[1]
-    return request.purpose, request.n, request.first_index
+    return request.purpose, request.n, request.first_index, request.forbidden is not None

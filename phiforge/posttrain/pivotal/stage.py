@@ -23,13 +23,13 @@ from phiforge.core.distributed import resolve_device, resolve_dtype, set_threads
 from phiforge.core.records import Problem, read_records
 from phiforge.core.store import Inputs, Metrics, StageDir
 from phiforge.inference.interface import PromptTokenizer, prompt_token_ids
-from phiforge.posttrain.pivotal.estimates import Estimate, Request, difference_interval
-from phiforge.posttrain.pivotal.question import (
+from phiforge.posttrain.pivotal.adaptive import by_first_token
+from phiforge.posttrain.pivotal.estimates import Estimate, Request
+from phiforge.posttrain.pivotal.results import (
     PairsFrom,
     PathChoice,
     PivotalToken,
     QuestionResult,
-    SearchedPath,
     Settings,
 )
 from phiforge.posttrain.pivotal.rollouts import row_of
@@ -48,13 +48,18 @@ class PivotalConfig(StageConfig):
         default="chat", description="chat: text prompts become a user message; text: as they are."
     )
     system: str | None = Field(default=None, description="System message before a chat prompt.")
-    method: Literal["paper"] = Field(default="paper", description="Search algorithm.")
+    method: Literal["paper", "fast", "balanced", "thorough"] = Field(
+        default="balanced",
+        description="paper: the report's bisection; the others: adaptive, with confirmation.",
+    )
     gap: float = Field(default=0.2, gt=0, le=1, description="Least change of p(success).")
     band: tuple[float, float] = Field(
         default=(0.2, 0.8), description="Questions are kept when p(success) lies in this band."
     )
     n_filter: int = Field(default=32, ge=2, description="Rollouts per question for the band.")
-    n_rollouts: int = Field(default=64, ge=2, description="Rollouts per prefix of a path.")
+    n_rollouts: int = Field(
+        default=64, ge=2, description="Rollouts per prefix of a path (method paper)."
+    )
     temperature: float = Field(default=1.0, gt=0, description="Temperature of all rollouts.")
     max_tokens: int = Field(default=256, ge=1, description="Most tokens of a whole answer.")
     paths_per_question: int = Field(default=2, ge=1, description="Answers searched per question.")
@@ -70,6 +75,9 @@ class PivotalConfig(StageConfig):
         default=None, description="Least p(chosen) - p(rejected) of a pair; none = gap."
     )
     min_count: int = Field(default=3, ge=1, description="Least rollouts behind a pair's token.")
+    n_pair: int = Field(
+        default=24, ge=2, description="Fresh rollouts behind a pair's other token (not paper)."
+    )
     max_pairs: int | None = Field(default=None, ge=1, description="Stop at this many pairs.")
     budget_tokens: int | None = Field(
         default=None, ge=1, description="Generated tokens to spend, in question order."
@@ -112,7 +120,6 @@ def run(config: PivotalConfig, inputs: Inputs, out: StageDir) -> Metrics:
         engine,
         fitting,
         is_correct,
-        method=config.method,
         **config.search_arguments(),
         max_pairs=config.max_pairs,
         budget_tokens=config.budget_tokens,
@@ -202,7 +209,7 @@ def _count(question: QuestionResult) -> Counter[str]:
             "rising": sum(token.delta > 0 for token in question.tokens),
             "undecided": sum(len(path.undecided) for path in question.paths),
             "prefixes": len(question.ledger.rollouts),
-            "rollouts": sum(len(drawn) for drawn in question.ledger.rollouts.values()),
+            "rollouts": sum(len(drawn) for _, drawn in question.ledger.history),
         }
     )
 
@@ -250,6 +257,9 @@ def _alternatives(
 ) -> list[dict[str, Any]]:
     prefix = tuple(token.prefix_token_ids[len(question.prompt_token_ids) :])
     groups = question.ledger.first_tokens(prefix)
+    detours = question.ledger.detours.get((prefix, token.token_id), ())
+    for other, counts in by_first_token(detours).items():
+        groups[other] = groups.get(other, Estimate(0, 0)) + counts
     ranked = sorted(groups, key=lambda t: (-groups[t].n, t))[:NUM_ALTERNATIVES]
     return [
         {
@@ -268,6 +278,10 @@ def path_rows(question: QuestionResult, tokenizer: PromptTokenizer) -> Iterator[
     `p`, `n`, `successes` have one entry more than the tokens: entry i is after i tokens, null where
     nothing was drawn. `pivotal` holds positions: token i moves p from entry i to entry i + 1.
     """
+    start = len(question.prompt_token_ids)
+    known: dict[tuple[int, ...], PivotalToken] = {
+        (*t.prefix_token_ids[start:], t.token_id): t for t in question.tokens
+    }
     for number, path in enumerate(question.paths):
         yield {
             "problem_id": question.problem.id,
@@ -280,30 +294,24 @@ def path_rows(question: QuestionResult, tokenizer: PromptTokenizer) -> Iterator[
             "token_ids": path.token_ids,
             "texts": token_texts(path.token_ids, tokenizer),
             "logprobs": path.logprobs,
+            "p": path.p,
             **_along(path.estimates),
             "pivotal": path.pivotal,
-            "tokens": _deltas(path),
+            "tokens": [_effect(known[tuple(path.token_ids[: i + 1])], i) for i in path.pivotal],
         }
 
 
 def _along(estimates: list[Estimate | None]) -> dict[str, list[Any]]:
     return {
-        "p": [e.p if e else None for e in estimates],
         "n": [e.n if e else None for e in estimates],
         "successes": [e.successes if e else None for e in estimates],
         "exact": [bool(e and e.exact) for e in estimates],
     }
 
 
-def _deltas(path: SearchedPath) -> list[dict[str, float]]:
-    rows = []
-    for i in path.pivotal:
-        before, after = path.estimates[i], path.estimates[i + 1]
-        assert before is not None
-        assert after is not None
-        low, high = difference_interval(before, after)
-        rows.append({"position": i, "delta": after.p - before.p, "low": low, "high": high})
-    return rows
+def _effect(token: PivotalToken, position: int) -> dict[str, float]:
+    low, high = token.interval
+    return {"position": position, "delta": token.delta, "low": low, "high": high}
 
 
 def token_texts(token_ids: Iterable[int], tokenizer: PromptTokenizer) -> list[str]:
@@ -317,9 +325,13 @@ def token_texts(token_ids: Iterable[int], tokenizer: PromptTokenizer) -> list[st
 def rollout_rows(question: QuestionResult) -> Iterator[dict[str, Any]]:
     """rollouts.jsonl.gz: every prefix with all its rollouts and outcomes, short prefixes first."""
     prompt = tuple(question.prompt_token_ids)
-    for prefix in question.ledger.prefixes:
-        drawn = question.ledger.rollouts[prefix]
+    ledger = question.ledger
+    for prefix in ledger.prefixes:
+        drawn = ledger.rollouts[prefix]
         request = Request(prefix, 0, len(drawn), "search" if prefix else "filter")
+        yield row_of(question.problem.id, prompt, request, drawn)
+    for (prefix, forbidden), drawn in sorted(ledger.detours.items()):
+        request = Request(prefix, 0, len(drawn), "search", forbidden)
         yield row_of(question.problem.id, prompt, request, drawn)
 
 
