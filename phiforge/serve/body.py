@@ -106,6 +106,23 @@ def _are_ids(items: list[Any]) -> bool:
     return all(isinstance(item, int) and not isinstance(item, bool) for item in items)
 
 
+def _forbidden(bias: Any) -> Any:
+    """The token ids that a `logit_bias` forbids; other biases than -100 are not served."""
+    if bias is None:
+        return None
+    if not isinstance(bias, Mapping):
+        raise ValueError('give an object of token ids, {"1234": -100}')
+    for name, value in bias.items():
+        if not name.isascii() or not name.isdigit() or len(name) > 9:
+            raise ValueError(f"{name[:24]!r} is no token id (a whole number in quotes)")
+        if isinstance(value, bool) or value != -100:
+            raise ValueError(
+                f"token {name} has {_brief(value)}; this server takes -100 alone, which forbids a "
+                "token: leave other biases out"
+            )
+    return tuple(int(name) for name in bias)
+
+
 Text = Annotated[str, AfterValidator(_whole)]
 Stop = Annotated[Text, Field(min_length=1)]
 
@@ -148,6 +165,7 @@ class CompletionBody(SamplingBody):
     prompt: Annotated[list[Any], BeforeValidator(_prompts)]
     echo: bool | None = None
     logprobs: Annotated[int | None, Field(ge=0, le=MAX_TOP_LOGPROBS)] = None
+    logit_bias: Annotated[tuple[int, ...] | None, BeforeValidator(_forbidden)] = None
 
 
 class Message(_Body):

@@ -8,9 +8,16 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from phiforge.inference.interface import Request, Sampling, check_token_ids, prompt_token_ids
+from phiforge.inference.engine.constrain import Constraint
+from phiforge.inference.interface import (
+    Request,
+    Sampling,
+    check_known,
+    check_token_ids,
+    prompt_token_ids,
+)
 from phiforge.model.tokenizer import Tokenizer
 from phiforge.serve.body import ChatBody, CompletionBody, Message, SamplingBody, TokenizeBody
 from phiforge.serve.errors import ApiError
@@ -44,6 +51,7 @@ class Call:
     stream: bool
     include_usage: bool
     return_token_ids: bool
+    forbidden: tuple[int, ...] = ()  # tokens that may nowhere be drawn
 
     @property
     def num_choices(self) -> int:
@@ -59,6 +67,9 @@ class Call:
         """The samples, all of the first prompt first; choice i of a prompt is its sample i."""
         if self.sampling is None:
             return ()
+        mask = None
+        if self.forbidden:
+            mask = Constraint(frozenset(self.forbidden), allowed=False, first_only=False)
         return tuple(
             Request(
                 prompt=prompt.token_ids,
@@ -72,6 +83,7 @@ class Call:
                 top_logprobs=self.sampling.top_logprobs,
                 seed=self.seed,
                 index=index,
+                mask=mask,
             )
             for prompt in self.prompts
             for index in range(self.n)
@@ -97,7 +109,9 @@ def completion_call(body: CompletionBody, tokenizer: Tokenizer, context: int) ->
         # Unlike an answer's, an echo's special tokens are told: the asker sent them.
         text = prompt if isinstance(prompt, str) else tokenizer.decode(ids, skip_special=False)
         prompts.append(PromptPart(ids, text))
-    return _call(body, prompts, max_tokens, context, echo=bool(body.echo), num_top=body.logprobs)
+    forbidden = _forbidden(body.logit_bias or (), tokenizer)
+    call = _call(body, prompts, max_tokens, context, echo=bool(body.echo), num_top=body.logprobs)
+    return replace(call, forbidden=forbidden)
 
 
 def chat_call(body: ChatBody, tokenizer: Tokenizer, context: int) -> Call:
@@ -173,6 +187,17 @@ def _call(
         include_usage=body.stream_options is not None and body.stream_options.include_usage,
         return_token_ids=bool(body.return_token_ids),
     )
+
+
+def _forbidden(ids: tuple[int, ...], tokenizer: Tokenizer) -> tuple[int, ...]:
+    """The tokens that `logit_bias` forbids; ApiError for an unknown one, or when none is left."""
+    try:
+        check_known("logit_bias", ids, tokenizer.vocab_size)
+        if len(set(ids)) == tokenizer.vocab_size:
+            raise ValueError("logit_bias forbids every token; allow at least one")
+    except ValueError as error:
+        raise ApiError(400, str(error), param="logit_bias", code="invalid_value") from None
+    return ids
 
 
 def _given(value: float | None, default: float) -> float:

@@ -455,3 +455,119 @@ def test_the_openai_client_reads_the_stub(server):
     assert reply.choices[0].message.content == "echo: hi"
     assert isinstance(server.requests[0], Request)
     assert json.loads(json.dumps(server.requests[0].body))["model"] == "m"
+
+
+# ----------------------------------------------------------------------- forbidden first tokens
+
+
+def tokens(*ids: int, finish_reason: str = "length") -> React:
+    """A reply of one choice with these token ids."""
+    choice = {"index": 0, "text": "x" * len(ids), "finish_reason": finish_reason}
+    choice |= {"token_ids": ids, "logprobs": {"token_logprobs": [-0.5] * len(ids)}}
+    usage = {"prompt_tokens": 3, "completion_tokens": len(ids)}
+    return React("raw", body=json.dumps({"choices": [choice], "usage": usage}).encode())
+
+
+def banning(request: Request) -> React:
+    """The first token is the lowest one allowed; 7 8 follow, or nothing after a 3."""
+    if "logit_bias" not in request.body:
+        return tokens(7, 8, finish_reason="stop")
+    banned = {int(token) for token in request.body["logit_bias"]}
+    first = next(token for token in range(1, 100) if token not in banned)
+    return tokens(first, finish_reason="stop" if first == 3 else "length")
+
+
+def ids_endpoint(server, **options) -> Endpoint:
+    return Endpoint(server.url, "m", tokenizer=Letters(), returns_token_ids=True, **options)
+
+
+def test_a_forbidden_first_token_is_asked_for_alone():
+    counted: list[int] = []
+    with StubServer(banning) as server, ids_endpoint(server) as endpoint:
+        found = endpoint.generate(
+            [[50, 51], [60, 61]],
+            max_tokens=5,
+            logprobs=True,
+            forbidden_first=[[1], [1, 2, 2]],
+            progress=counted.append,
+        )
+    assert [row[0].token_ids for row in found] == [(2, 7, 8), (3,)]
+    assert found[0][0].logprobs == (-0.5, -0.5, -0.5)
+    assert [row[0].finish_reason for row in found] == ["stop", "stop"]
+    assert sum(counted) == 2
+    first, second, later = (
+        next(r.body for r in server.requests if r.body["prompt"] == prompt)
+        for prompt in ([50, 51], [60, 61], [50, 51, 2])
+    )
+    assert len(server.requests) == 3
+    assert (first["logit_bias"], first["max_tokens"]) == ({"1": -100}, 1)
+    assert second["logit_bias"] == {"1": -100, "2": -100}
+    assert "logit_bias" not in later
+    assert later["max_tokens"] == 4
+    assert later["seed"] != first["seed"], "the rest must be no sample of prompt and token"
+
+
+def test_both_parts_are_kept_and_paid_once(cache):
+    def ask() -> list[list[Completion]]:
+        with StubServer(banning) as server, ids_endpoint(server, cache=cache) as endpoint:
+            found = endpoint.generate([[50, 51]], n=2, max_tokens=5, forbidden_first=[[1]])
+            asked.append(len(server.requests))
+            spent.append(endpoint.usage["teacher"].spent.completion_tokens)
+        return found
+
+    asked: list[int] = []
+    spent: list[int] = []
+    assert ask() == ask()
+    assert asked == [4, 0]
+    assert spent == [6, 6]
+
+
+def test_a_server_that_ignores_logit_bias_is_found_out_and_its_answers_forgotten(cache):
+    with (
+        StubServer(lambda request: tokens(1)) as server,
+        ids_endpoint(server, cache=cache) as endpoint,
+        pytest.raises(ValueError, match=r"127\.0\.0\.1.*drew token 1.*ignores .*logit_bias"),
+    ):
+        endpoint.generate([[50, 51]], max_tokens=5, forbidden_first=[[1]])
+    with StubServer(banning) as server, ids_endpoint(server, cache=cache) as endpoint:
+        found = endpoint.generate([[50, 51]], max_tokens=5, forbidden_first=[[1]])
+    assert found[0][0].token_ids == (2, 7, 8)
+
+
+def test_what_forbidden_first_needs(server):
+    with Endpoint(server.url, "m") as endpoint, pytest.raises(ValueError, match="token ids: set"):
+        endpoint.generate([[1]], forbidden_first=[[1]])
+    with Endpoint(server.url, "m", returns_token_ids=True) as endpoint:
+        with pytest.raises(ValueError, match=r"prompts\[0\].*give Endpoint a tokenizer"):
+            endpoint.generate(["a"], forbidden_first=[[1]])
+        with pytest.raises(ValueError, match="1 entries for 2 prompts"):
+            endpoint.generate([[1], [2]], forbidden_first=[[1]])
+        with pytest.raises(ValueError, match=r"stop is \['x'\]"):
+            endpoint.generate([[1]], forbidden_first=[[1]], stop=["x"])
+        with pytest.raises(ValueError, match="token id -1 is below 0"):
+            endpoint.generate([[1]], forbidden_first=[[-1]])
+    banned = {"logit_bias": {"5": -100}}
+    with (
+        Endpoint(server.url, "m", returns_token_ids=True, extra_body=banned) as endpoint,
+        pytest.raises(ValueError, match="extra_body has a logit_bias"),
+    ):
+        endpoint.generate([[1]], forbidden_first=[[1]])
+    assert not server.requests
+
+
+def test_a_server_without_token_ids_is_refused():
+    body = b'{"choices": [{"index": 0, "text": "a", "finish_reason": "length"}]}'
+    with (
+        StubServer(lambda request: React("raw", body=body)) as server,
+        ids_endpoint(server) as endpoint,
+        pytest.raises(ValueError, match="no token ids"),
+    ):
+        endpoint.generate([[50]], max_tokens=2, forbidden_first=[[1]])
+
+
+def test_score_is_at_temperature_one(server):
+    with (
+        Endpoint(server.url, "m") as endpoint,
+        pytest.raises(ValueError, match=r"temperature is 0\.5; .*scores at 1\.0 alone"),
+    ):
+        endpoint.score([[1]], [[2]], temperature=0.5)

@@ -73,7 +73,12 @@ COMPLETIONS = [  # (fields, param, what the message says)
     ({"suffix": "x"}, "suffix", "suffix"),
     ({"presence_penalty": 0.5}, "presence_penalty", "it takes null or 0"),
     ({"frequency_penalty": -1}, "frequency_penalty", "frequency_penalty is -1"),
-    ({"logit_bias": {"5": 1}}, "logit_bias", "logit_bias"),
+    ({"logit_bias": {"5": 1}}, "logit_bias", "token 5 has 1; this server takes -100 alone"),
+    ({"logit_bias": {"a": -100}}, "logit_bias", "'a' is no token id"),
+    ({"logit_bias": {"5": -100, "1" * 5000: -100}}, "logit_bias", "is no token id"),
+    ({"logit_bias": [5]}, "logit_bias", "give an object"),
+    ({"logit_bias": {"40000": -100}}, "logit_bias", "token id 40000 at place 0 is unknown"),
+    ({"logit_bias": {str(i): -100 for i in range(390)}}, "logit_bias", "forbids every token"),
 ]
 CHATS = [
     ({"messages": []}, "messages", "messages"),
@@ -96,6 +101,7 @@ CHATS = [
     ({"top_logprobs": 2}, "top_logprobs", "needs logprobs: true"),
     ({"logprobs": 2}, "logprobs", "logprobs is 2"),
     ({"tools": [{"type": "function"}]}, "tools", "does not do"),
+    ({"logit_bias": {"5": -100}}, "logit_bias", "does not do"),
     ({"response_format": {"type": "json_object"}}, "response_format", "does not do"),
     ({"echo": True}, "echo", "unknown field"),
     ({"prompt": "x"}, "prompt", "unknown field"),

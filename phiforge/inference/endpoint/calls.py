@@ -39,6 +39,7 @@ class Call:
     /completions). `schema` is a JSON Schema the server is asked to keep to. `allow` names the cuts
     that count as answers. `template_version` enters the cache key: change it with a prompt's
     meaning, not its text. `echo` scores the prompt's own tokens (used by `Endpoint.score`).
+    `forbidden` are token ids that may not be drawn, sent as `logit_bias` -100.
     """
 
     prompt: Prompt
@@ -51,6 +52,7 @@ class Call:
     allow: tuple[Cut, ...] = ()
     template_version: str = ""
     echo: bool = False
+    forbidden: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         check_count("n", self.n, 1)

@@ -11,12 +11,12 @@ import queue
 import random
 import threading
 import weakref
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
-from phiforge.inference.endpoint import plan, structured
+from phiforge.inference.endpoint import first_token, plan, structured
 from phiforge.inference.endpoint.budget import Account, Budget, Prices, Usage
 from phiforge.inference.endpoint.calls import (
     Answer,
@@ -225,6 +225,7 @@ class Endpoint:
         stop: Sequence[str] = (),
         logprobs: bool = False,
         progress: Progress | None = None,
+        forbidden_first: Sequence[Collection[int]] | None = None,
         allow: tuple[Cut, ...] = ("length",),
         template_version: str = "",
     ) -> list[list[Completion]]:
@@ -233,6 +234,8 @@ class Endpoint:
         An answer cut at `max_tokens` is a Completion with finish_reason "length", as every
         generator's; `allow=()` makes it a failure. Raises AnswersFailed when any sample failed for
         good. `token_ids` are the server's, else the tokenizer's encoding of the text, else empty.
+        With `forbidden_first` the first token is drawn under `logit_bias` and each sample goes on
+        from it in a call of its own; ValueError for a server that ignores the field.
         """
         if "content_filter" in allow:
             raise ValueError("allow: a Completion cannot say 'content_filter'; use answer(...)")
@@ -257,17 +260,39 @@ class Endpoint:
             )
             for prompt in prompts
         ]
-        results = all_answered(self.answer(calls, progress=progress))
+        if forbidden_first is None:
+            results = all_answered(self.answer(calls, progress=progress))
+        else:
+            results = first_token.generate(
+                lambda asked, count: self.answer(asked, progress=count),
+                self.forget,
+                calls,
+                forbidden_first,
+                self.tokenizer,
+                self._server,
+                self._transport.shown_url,
+                progress,
+            )
         return [[self._completion(answer) for answer in row] for row in results]
 
     def score(
-        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[int]],
+        *,
+        temperature: float = 1.0,
     ) -> list[list[float]]:
         """Log-probability of each token of each completion after its prompt, by /completions with
         `echo` and `logprobs`; prompts need the tokenizer unless they are token ids.
 
-        Raises ValueError for a server that returns no log-probabilities of a prompt's tokens.
+        Raises ValueError for another `temperature` than 1, which no server scores at, and for a
+        server that returns no log-probabilities of a prompt's tokens.
         """
+        if temperature != 1.0:
+            raise ValueError(
+                f"temperature is {temperature!r}; {self._transport.shown_url} scores at 1.0 alone, "
+                "as every server does: score with our engine or transformers"
+            )
         calls = score_calls(prompts, completions, self.tokenizer)
         results = self.answer(calls)
         return read_scores(calls, completions, results, self._transport.shown_url)

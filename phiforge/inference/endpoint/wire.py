@@ -18,6 +18,7 @@ from phiforge.inference.interface import prompt_token_ids
 _json = json.JSONEncoder(separators=(",", ":")).encode
 CHAT, COMPLETIONS = "/chat/completions", "/completions"
 KEY_VERSION = 1
+FORBID = -100  # the bias by which OpenAI's API bans a token
 # Room for what a server's chat template adds: role names, marks, a default system message.
 _TEMPLATE_TOKENS = 64
 _OURS = {"model", "messages", "prompt", "n", "seed", "stream", "response_format", "echo"}
@@ -57,7 +58,7 @@ class Form:
             and (call.sampling is mine.sampling or call.sampling == mine.sampling)
             and call.schema is mine.schema
             and (call.seed, call.template_version) == (mine.seed, mine.template_version)
-            and call.echo == mine.echo
+            and (call.echo, call.forbidden) == (mine.echo, mine.forbidden)
         )
 
 
@@ -123,7 +124,7 @@ class Preparer:
 
 
 def _form(call: Call, path: str, server: Server) -> Form:
-    fields = {**_sampling(call, server, path), **server.extra_body}
+    fields = {**_sampling(call, server, path), **_bias(call, server), **server.extra_body}
     key = {
         "version": KEY_VERSION,
         "path": path,
@@ -188,6 +189,15 @@ def _sampling(call: Call, server: Server, path: str) -> dict[str, Any]:
     if server.returns_token_ids:
         body["return_token_ids"] = True
     return body
+
+
+def _bias(call: Call, server: Server) -> dict[str, Any]:
+    """Forbidden tokens as `logit_bias`, the one way most servers have."""
+    if not call.forbidden:
+        return {}
+    if "logit_bias" in server.extra_body:
+        raise ValueError("extra_body has a logit_bias, which forbidden tokens need: leave it out")
+    return {"logit_bias": {str(token): FORBID for token in sorted(call.forbidden)}}
 
 
 def _told(content: Any, call: Call) -> Any:
