@@ -1,4 +1,4 @@
-"""`phiforge bench engine | train | sandbox | setup`: the commands; --help needs no torch.
+"""`phiforge bench engine | train | sandbox | pivotal | setup`: the commands; --help needs no torch.
 
 `app` is added to the command line by cli.py. Tables go to standard output, progress to standard
 error; --out writes the JSON to a file.
@@ -93,6 +93,70 @@ def sandbox(
     _show(result, bench.text, json_output=json_output, out=out)
     if bench.wrong(result):
         raise typer.Exit(1)
+
+
+@app.command(epilog="Example: `phiforge bench pivotal --method paper:50 --method balanced`")
+def pivotal(
+    method: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="paper, fast, balanced or thorough; paper:50 for 50 rollouts a prefix. May be "
+            "given again; default: paper:50, paper:100 and all others."
+        ),
+    ] = None,
+    seeds: Annotated[
+        str, typer.Option(help="Worlds to search; with --model, the searches' seeds.")
+    ] = "0,18,42,45",
+    gap: Annotated[float, typer.Option(help="Least change of p(success).")] = 0.2,
+    paths: Annotated[int, typer.Option(help="Answers searched per question.")] = 4,
+    path_choice: Annotated[
+        str, typer.Option(help="balanced (success, failure, ...) or natural (as sampled).")
+    ] = "balanced",
+    questions: Annotated[
+        int | None, typer.Option(help="Questions per world (16), or of the problems (4).")
+    ] = None,
+    model: Annotated[
+        Path | None, typer.Option(help="A model folder, in place of the worlds with exact p.")
+    ] = None,
+    problems: Annotated[Path | None, typer.Option(help="Its problems, with answers.")] = None,
+    truth: Annotated[
+        Path | None, typer.Option(help="Brute-force counts (JSONL); a killed run goes on from it.")
+    ] = None,
+    brute_force: Annotated[
+        int, typer.Option(help="Rollouts before and after each token that can be pivotal.")
+    ] = 2000,
+    temperature: Annotated[float, typer.Option(help="The model's, in all rollouts.")] = 1.0,
+    max_tokens: Annotated[int, typer.Option(help="Most tokens of the model's answers.")] = 256,
+    prompt_format: Annotated[
+        str, typer.Option(help="chat: text prompts become a user's message; text: as they are.")
+    ] = "chat",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    quick: QuickOption = False,
+    json_output: JsonOption = False,
+    out: OutOption = None,
+) -> None:
+    """Pivotal-token search: precision, recall and cost, on worlds with exact p or a real model."""
+    from phiforge.bench import pivotal as bench
+
+    _check_out(out)
+    options = bench.Options(
+        methods=tuple(method or ()),
+        seeds=bench.parse_seeds(seeds),
+        gap=gap,
+        paths=paths,
+        path_choice=bench.one_of("--path-choice", path_choice, ("balanced", "natural")),
+        questions=questions,
+        quick=quick,
+        model=model,
+        problems=problems,
+        truth=truth,
+        brute_force=brute_force,
+        temperature=temperature,
+        max_tokens=max_tokens,
+        prompt_format=bench.one_of("--prompt-format", prompt_format, ("chat", "text")),
+        device=device,
+    )
+    _show(bench.run(options), bench.text, json_output=json_output, out=out)
 
 
 @app.command(epilog="Example: `phiforge bench setup transformers`")
