@@ -254,8 +254,9 @@ def _run_nothing(plan: supervise.Plan, proc: int) -> str | None:
 @contextlib.contextmanager
 def _temptation(plan: supervise.Plan) -> Iterator[str]:
     """The trial's program. Another program's isolation is not taken on trust: there it tries it."""
-    # Reads from the library: it must still be there for programs that import more of it.
-    source = f"open({os.__file__!r}, 'rb').read(1)\n"
+    # Reads from the library, which must still be there for programs that import more of it, and
+    # writes in its folder.
+    source = f"open({os.__file__!r}, 'rb').read(1)\nopen('file', 'w').close()\n"
     if not plan.wrapper:
         yield source
         return

@@ -80,13 +80,17 @@ def supervise(
     try:
         request = receive(connection)
         limits, task = request["limits"], request["task"]
-        _leave_root(plan)
-        kernel.die_with_parent(server)
-        kernel.adopt_orphans()
+        mounts_as_root = plan.namespaces and not plan.user_namespace
+        if plan.leave_root and not mounts_as_root:
+            become_nobody()
         if plan.namespaces:
             _enter_namespaces(plan, limits, proc)
             work = tree.WORK
-        else:
+        if plan.leave_root and mounts_as_root:
+            become_nobody()
+        kernel.die_with_parent(server)  # a change of user would undo it
+        kernel.adopt_orphans()
+        if not plan.namespaces:
             work = tempfile.mkdtemp(prefix="phiforge-sandbox-", dir=plan.scratch)
         _write_files(work, task.pop("files", {}))
         os.chdir(work)
@@ -120,13 +124,6 @@ def _read(connection: socket.socket, length: int) -> bytes:
             os._exit(1)  # the client gave up before the run began
         parts += part
     return bytes(parts)
-
-
-def _leave_root(plan: Plan) -> None:
-    """As root: become nobody in particular."""
-    mounts_as_root = plan.namespaces and not plan.user_namespace  # there C leaves root
-    if plan.leave_root and not mounts_as_root:
-        become_nobody()
 
 
 def become_nobody() -> None:
@@ -329,8 +326,6 @@ def _be_program(run: _Run, status_write: int | None) -> NoReturn:
     try:
         os.setsid()
         order = _order(run)
-        if plan.leave_root and plan.namespaces and not plan.user_namespace:
-            become_nobody()
         if status_write is not None:
             _execute_wrapper(run, order, status_write)
         fresh = None if plan.warm else [run.task, plan.site]

@@ -48,7 +48,8 @@ def mount_work(disk_bytes: int, num_files: int) -> None:
     """The writable folder of one run: memory, bounded in bytes and files, gone with the run."""
     flags = kernel.MS_NOSUID | kernel.MS_NODEV | kernel.MS_NOEXEC
     # Blocks of deleted-but-open files count too; the root of the mount takes an inode.
-    options = f"mode=700,size={disk_bytes},nr_inodes={num_files + 1}"
+    # For everybody: nobody but the run sees this mount, which root may have made for another user.
+    options = f"mode=777,size={disk_bytes},nr_inodes={num_files + 1}"
     kernel.mount("tmpfs", WORK, "tmpfs", flags, options)
 
 
