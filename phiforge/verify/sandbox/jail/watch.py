@@ -58,8 +58,8 @@ def own_memory(pid: int, proc: int) -> int:
     return total
 
 
-def deleted_bytes(family: list[int], device: int, proc: int) -> int:
-    """Bytes on a device of files that have no name any more but are still open."""
+def deleted_files(family: list[int], device: int, proc: int) -> dict[int, int]:
+    """Bytes, by inode, of files on a device that have no name any more but are still open."""
     sizes: dict[int, int] = {}
     for pid in family:
         try:
@@ -75,7 +75,22 @@ def deleted_bytes(family: list[int], device: int, proc: int) -> int:
             pass
         finally:
             os.close(folder)
-    return sum(sizes.values())
+    return sizes
+
+
+def mapped_files(family: list[int], folder: str, proc: int) -> set[int]:
+    """Inodes of files that were made in a folder, have no name any more and are still mapped."""
+    found = set()
+    for pid in family:
+        try:
+            descriptor = os.open(f"{pid}/maps", os.O_RDONLY | os.O_CLOEXEC, dir_fd=proc)
+            with open(descriptor, encoding="utf-8", errors="replace") as lines:
+                for line in lines:
+                    if line.endswith(" (deleted)\n") and f" {folder}/" in line:
+                        found.add(int(line.split()[4]))
+        except OSError:
+            continue  # it ended
+    return found
 
 
 def _stat(name: str, folder: int) -> os.stat_result | None:
@@ -101,7 +116,10 @@ class Guard:
         return None
 
     def _disk_exceeded(self, work: str, family: list[int]) -> bool:
-        num_files, num_bytes = 0, deleted_bytes(family, os.stat(work).st_dev, self._proc)
+        deleted = deleted_files(family, os.stat(work).st_dev, self._proc)
+        if mapped_files(family, work, self._proc) - deleted.keys():
+            return True  # nobody can say how large these are
+        num_files, num_bytes = 0, sum(deleted.values())
         folders = [work]
         while folders:
             try:
