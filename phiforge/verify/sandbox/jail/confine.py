@@ -50,7 +50,9 @@ def confine(order: Order) -> None:
 def _set_limits(order: Order) -> None:
     bounds = {
         resource.RLIMIT_AS: (order.memory_bytes,) * 2,
-        resource.RLIMIT_CORE: (0, 0),
+        # Too small for a file; and at 1, unlike 0, the kernel starts no program that would read
+        # the crashed one as root (/proc/sys/kernel/core_pattern with a pipe).
+        resource.RLIMIT_CORE: (1, 1),
         resource.RLIMIT_CPU: (order.cpu_seconds, order.cpu_seconds + 1),
         resource.RLIMIT_FSIZE: (order.disk_bytes,) * 2,
         resource.RLIMIT_MEMLOCK: (0, 0),
