@@ -11,6 +11,7 @@ import time
 
 from .hostile_prelude import (
     FACTS,
+    LIBC,
     MIB,
     attempt,
     call,
@@ -397,6 +398,28 @@ def write_deleted_files():
     time.sleep(0.5)
     if written > 4 * FACTS["disk_bytes"]:
         escaped(f"{len(kept)} deleted files hold {written // MIB} MB")
+
+
+def hide_files_in_mappings():
+    # Without a name and without a descriptor, but kept by what is mapped of them.
+    import ctypes
+
+    written, size = 0, FACTS["disk_bytes"] // 2
+    LIBC.mmap.restype = ctypes.c_void_p  # Python's own mmap would keep a descriptor
+    LIBC.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long)
+    tried()
+    try:
+        for index in range(40):
+            with open(f"mapped{index}", "w+b", buffering=0) as file:
+                if LIBC.mmap(None, 4096, 1, 1, file.fileno(), 0) == ctypes.c_void_p(-1).value:
+                    raise OSError(ctypes.get_errno(), "mmap")
+                os.unlink(file.name)
+                written += file.write(b"x" * size)
+    except (OSError, MemoryError) as error:
+        held(f"after {written // MIB} MB: {error!r}")
+    time.sleep(0.5)
+    if written > 4 * FACTS["disk_bytes"]:
+        escaped(f"mappings hold {written // MIB} MB")
 
 
 def write_a_sparse_file():

@@ -337,6 +337,8 @@ def dump_core():
     import resource
 
     tried()
+    if resource.getrlimit(resource.RLIMIT_CORE)[1] != 1:
+        escaped("at any limit but 1 the kernel may start a handler of crashes, as root")
     try:
         resource.setrlimit(resource.RLIMIT_CORE, (2**20, 2**20))
         escaped("cores may be written")

@@ -76,7 +76,7 @@ def _closed_parents(path: Path) -> list[Path]:
 
 
 def _open_the_way(blocked: Path, wanted: list[Path]) -> None:
-    """In a mount namespace of one's own: `blocked` holds the wanted folders alone, for everybody."""
+    """In a mount namespace of one's own `blocked` holds only the wanted folders, for everybody."""
     from phiforge.verify.sandbox.jail import kernel
 
     kernel.unshare(kernel.CLONE_NEWNS)
