@@ -71,8 +71,9 @@ def merging() -> Pair:
 
 
 def long() -> Pair:
-    """A prompt of 40 tokens."""
-    prompt = (tokenizer().encode("Then Tom buys 7 more apples. ") * 20)[:40]
+    """A prompt of more than 32 tokens."""
+    prompt = tokenizer().encode("Then Tom buys 7 more apples. " * 3 + "12+7=")
+    assert 32 < len(prompt) < 60
     chosen, rejected = tokenizer().encode("1")[0], tokenizer().encode("7")[0]
     return pair("long", prompt, [chosen], [rejected], problem_id="q6")
 
