@@ -39,7 +39,14 @@ from phiforge.train.losses import (
     head_weight,
     token_losses,
 )
-from phiforge.train.pairs import PairBatch, PairSteps, Reference, TokenPair, tokenize
+from phiforge.train.pairs import (
+    PairBatch,
+    PairSteps,
+    Reference,
+    TokenPair,
+    separate_tokens,
+    tokenize,
+)
 from phiforge.train.pretrain import model_folder
 
 VERSION = 1
@@ -106,6 +113,7 @@ def run(config: DPOConfig, inputs: Inputs, out: StageDir) -> Metrics:
     with _kernels(model, out):
         reference = cached_reference(out, key, model, steps)
     steps = steps.with_reference(reference)
+    policy_tokens = sum(steps.batch(i).num_tokens for i in range(steps.steps_per_epoch))
     metrics = train(
         model,
         config,
@@ -116,14 +124,21 @@ def run(config: DPOConfig, inputs: Inputs, out: StageDir) -> Metrics:
         ),
         out,
         context=max(len(ids) for pair in pairs for ids in pair.inputs),
-        planned_tokens=config.epochs * sum(part.num_tokens for part in steps.everything()),
+        planned_tokens=config.epochs * policy_tokens,
         fixed_shapes=False,
     )
     huggingface.save(model, tokenizer, out.path / "model", dtype=config.save_dtype)
     single = sum(pair.single_token for pair in pairs)
     with _kernels(model, out):
         statistics = preference_statistics(model, steps, config.beta)
-    return {**metrics, "pairs": len(pairs), "single_token_pairs": single, **statistics}
+    return {
+        **metrics,
+        "pairs": len(pairs),
+        "single_token_pairs": single,
+        "policy_tokens_per_epoch": policy_tokens,
+        "policy_tokens_separately": separate_tokens(pairs),
+        **statistics,
+    }
 
 
 def _kernels(model: Phi, out: StageDir) -> AbstractContextManager[Any]:
@@ -141,13 +156,7 @@ def preference_loss(
     For one-token sides and losses of the margin the softmax normaliser cancels: only two rows of
     the head are read per pair. The head multiplies in fp32: margins are small differences.
     """
-    weight_vd = head_weight(model)
-    x_nd = _completion_states(model, batch)
-    if batch.single_token and loss in MARGIN_LOSSES:
-        rows_nd = torch.nn.functional.embedding(batch.target_n, weight_vd).float()
-        value_n = (x_nd * rows_nd).sum(dim=-1)
-    else:
-        value_n = -token_losses(x_nd, weight_vd, batch.target_n, model.kernels)
+    value_n = _token_values(model, batch, margin_only=loss in MARGIN_LOSSES)
     sums_s = _by_side(value_n, batch)
     lengths_s = _by_side(torch.ones_like(value_n), batch)
     p = batch.num_pairs
@@ -166,10 +175,26 @@ def preference_loss(
 @torch.no_grad()
 def completion_logprobs(model: Phi, batch: PairBatch) -> tuple[Tensor, Tensor]:
     """Summed log-probabilities of the chosen and of the rejected sides, each [p] in fp32."""
-    x_nd = _completion_states(model, batch)
-    value_n = -token_losses(x_nd, head_weight(model), batch.target_n, model.kernels)
-    sums_s = _by_side(value_n, batch)
+    sums_s = _by_side(_token_values(model, batch, margin_only=False), batch)
     return sums_s[: batch.num_pairs], sums_s[batch.num_pairs :]
+
+
+def _token_values(model: Phi, batch: PairBatch, margin_only: bool) -> Tensor:
+    """log p of each completion token, [n] in fp32; `margin_only`: up to what both sides share.
+
+    One-token sides are predicted at one place: one softmax serves both, or none for the margin.
+    """
+    weight_vd = head_weight(model)
+    x_nd = _completion_states(model, batch)
+    if not batch.single_token:
+        return -token_losses(x_nd, weight_vd, batch.target_n, model.kernels)
+    rows_nd = torch.nn.functional.embedding(batch.target_n, weight_vd).float()
+    logit_n = (x_nd * rows_nd).sum(dim=-1)
+    if margin_only:
+        return logit_n
+    p = batch.num_pairs
+    loss_p = token_losses(x_nd[:p], weight_vd, batch.target_n[:p], model.kernels)
+    return torch.cat([-loss_p, logit_n[p:] - logit_n[:p] - loss_p])
 
 
 def _completion_states(model: Phi, batch: PairBatch) -> Tensor:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import pairwise
 from typing import Self
 
@@ -200,11 +201,15 @@ def cut(pairs: Sequence[TokenPair], micro_tokens: int) -> Iterator[list[int]]:
     yield current
 
 
-def epoch_order(pairs: Sequence[TokenPair], seed: int, epoch: int) -> list[int]:
-    """Pair numbers in the order of an epoch: chains of one path stay together, chains shuffled.
+def separate_tokens(pairs: Sequence[TokenPair]) -> int:
+    """Tokens of one epoch with a sequence per side, as trainers take pairs that share nothing."""
+    return sum(2 * len(p.prompt) + len(p.chosen) + len(p.rejected) for p in pairs)
 
-    A chain is a run of single-token pairs, in sorted order, each of whose prompts begins the next.
-    """
+
+def path_chains(pairs: Sequence[TokenPair]) -> list[list[int]]:
+    """Pair numbers by path: runs of single-token pairs each of whose prompts begins the next."""
+    if not pairs:
+        return []
     ordered = sorted(range(len(pairs)), key=lambda i: (pairs[i].prompt, pairs[i].id))
     chains: list[list[int]] = [ordered[:1]]
     for before, i in pairwise(ordered):
@@ -213,6 +218,11 @@ def epoch_order(pairs: Sequence[TokenPair], seed: int, epoch: int) -> list[int]:
             chains[-1].append(i)
         else:
             chains.append([i])
+    return chains
+
+
+def epoch_order(chains: Sequence[Sequence[int]], seed: int, epoch: int) -> list[int]:
+    """Pair numbers in the order of an epoch: chains of one path stay together, chains shuffled."""
     shuffled = permutation(hash_key(seed, "pairs", epoch), len(chains))
     return [i for chain in shuffled for i in chains[int(chain)]]
 
@@ -232,10 +242,15 @@ class PairSteps:
     def steps_per_epoch(self) -> int:
         return -(-len(self.pairs) // self.pairs_per_step)
 
+    @cached_property
+    def _chains(self) -> list[list[int]]:
+        # Sorting compares whole prompts: once, not at every step.
+        return path_chains(self.pairs)
+
     def batch(self, step: int) -> StepBatch:
         """The pairs of a step (0-based), cut into micro-batches; the unit is the pair."""
         epoch, at = divmod(step, self.steps_per_epoch)
-        order = epoch_order(self.pairs, self.seed, epoch)
+        order = epoch_order(self._chains, self.seed, epoch)
         chosen = order[at * self.pairs_per_step : (at + 1) * self.pairs_per_step]
         return StepBatch(list(self._parts(chosen)), len(chosen))
 

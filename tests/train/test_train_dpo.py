@@ -20,6 +20,8 @@ from phiforge.train.pairs import (
     epoch_order,
     host_prefixes,
     make_batch,
+    path_chains,
+    separate_tokens,
     tokenize,
 )
 
@@ -125,6 +127,83 @@ def test_single_token_form_equals_general(loss: str) -> None:
     for name, parameter in policy.named_parameters():
         error = (gradients[name] - parameter.grad).norm() / parameter.grad.norm()
         assert error < 1e-4, name
+
+
+def test_one_softmax_for_both_sides_equals_one_each(monkeypatch) -> None:
+    """Log-probabilities and gradients of a loss that needs them; half the rows of the head."""
+    from dataclasses import replace
+
+    from phiforge.train import dpo
+
+    policy, start = policy_and_reference()
+    pairs = pivotal_pairs()
+    rows: list[int] = []
+    whole = dpo.token_losses
+
+    def counting(x_nd, *rest):
+        rows.append(len(x_nd))
+        return whole(x_nd, *rest)
+
+    monkeypatch.setattr(dpo, "token_losses", counting)
+    batch = make_batch(pairs, reference_of(start, pairs), PAD)
+    results = []
+    for part in (batch, replace(batch, single_token=False)):
+        policy.zero_grad()
+        preference_loss(policy, part, "apo_zero", BETA).total.backward()
+        gradient = torch.cat([p.grad.flatten() for p in policy.parameters()])
+        results.append((*completion_logprobs(policy, part), gradient))
+    for one, each in zip(results[0][:2], results[1][:2], strict=True):
+        torch.testing.assert_close(one, each, rtol=0, atol=1e-6)
+    error = (results[0][2] - results[1][2]).norm() / results[1][2].norm()
+    assert error < 1e-5
+    assert rows[1:] == [6, 6, 12, 12]
+
+
+def test_losses_of_the_margin_read_two_rows_of_the_head(monkeypatch) -> None:
+    from phiforge.train import dpo
+
+    policy, start = policy_and_reference()
+    batch = make_batch(pivotal_pairs(), reference_of(start, pivotal_pairs()), PAD)
+    monkeypatch.setattr(dpo, "token_losses", None)
+    for loss in sorted(MARGIN_LOSSES):
+        preference_loss(policy, batch, loss, BETA, SMOOTHING.get(loss, 0.0)).total.backward()
+        touched = policy.lm_head.weight.grad.abs().sum(dim=1).nonzero().flatten().tolist()
+        assert touched == sorted(set(batch.target_n.tolist()))
+        policy.zero_grad()
+
+
+def pairs_along_paths(num_paths: int, length: int, each: int) -> list[TokenPair]:
+    """`each` single-token pairs at random places of every path, in order."""
+    generator = torch.Generator().manual_seed(8)
+    pairs = []
+    for n in range(num_paths):
+        path = random_ids(generator, length)
+        places = torch.randperm(length - 1, generator=generator)[:each] + 1
+        pairs += [
+            TokenPair(f"{n}/{i}", path[:i], (path[i],), ((path[i] + 1) % PAD,))
+            for i in sorted(places.tolist())
+        ]
+    return pairs
+
+
+def test_pairs_of_a_path_cost_its_length_once() -> None:
+    """Over a whole epoch: each path's tokens up to its last pair, and once more only for a path
+    that the end of a step cuts in two."""
+    pairs = pairs_along_paths(num_paths=40, length=300, each=5)
+    zeros = torch.zeros(len(pairs))
+    reference = Reference(zeros, zeros)
+    paths = sum(max(len(p.prompt) for p in pairs[i : i + 5]) for i in range(0, len(pairs), 5))
+
+    def computed(pairs_per_step: int) -> int:
+        steps = PairSteps(pairs, reference, pairs_per_step, 4096, PAD, seed=0)
+        parts = [p for i in range(steps.steps_per_epoch) for p in steps.batch(i).parts]
+        return sum(int((part.documents_bt >= 0).sum()) for part in parts)
+
+    whole_chains = computed(5)
+    assert whole_chains == paths
+    assert separate_tokens(pairs) > 5 * whole_chains
+    assert computed(32) - paths <= 300 * (len(pairs) // 32)
+    assert computed(1) == sum(len(p.prompt) for p in pairs)
 
 
 # The pairs of response_pairs() under policy_and_reference(), as TRL 1.16 computed them
@@ -250,7 +329,7 @@ def test_cut_and_order_take_every_pair_once() -> None:
     groups = list(cut(pairs, 40))
     assert [i for group in groups for i in group] == list(range(len(pairs)))
     assert len(groups) > 1
-    orders = [epoch_order(pairs, seed=0, epoch=e) for e in (0, 1)]
+    orders = [epoch_order(path_chains(pairs), seed=0, epoch=e) for e in (0, 1)]
     assert all(sorted(order) == list(range(len(pairs))) for order in orders)
     assert orders[0] != orders[1]
     path = [orders[0].index(i) for i in range(4, 9)]
@@ -339,6 +418,8 @@ def test_stage_learns_the_pairs_and_resumes(stage, tmp_path, tokenizer, monkeypa
     metrics = run(config, inputs, out)
     assert metrics["pairs"] == metrics["single_token_pairs"] == 6
     assert metrics["steps"] == 20
+    assert 28 + 11 <= metrics["policy_tokens_per_epoch"] < metrics["policy_tokens_separately"]
+    assert metrics["policy_tokens_separately"] == 2 * (5 + 10 + 16 + 21 + 29 + 12)
     assert metrics["accuracy"] == 1.0
     assert metrics["margin"] > 0.01
     first = json.loads((out.path / "metrics.jsonl").read_text().splitlines()[0])
