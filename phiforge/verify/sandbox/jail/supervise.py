@@ -206,7 +206,8 @@ def _run(connection: socket.socket, run: _Run, trouble: int, proc: int) -> dict[
     for descriptor in (status_write, run.input, run.trouble):
         os.close(descriptor)
     run.ends.close()
-    guard = watch.Guard(child, proc, run.limits, None if plan.namespaces else run.work)
+    watched = None if plan.namespaces else run.work
+    guard = watch.Guard(child, proc, run.limits, watched, plan.inner_work or run.work)
     why = _wait(connection, child, deadline, guard)
     result = _finish(child, why, status_read, run, proc)
     said = os.read(trouble, 4096)

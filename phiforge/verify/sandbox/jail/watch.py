@@ -103,8 +103,12 @@ def _stat(name: str, folder: int) -> os.stat_result | None:
 class Guard:
     """Bounds that no resource limit of the kernel covers, checked many times a second."""
 
-    def __init__(self, child: int, proc: int, limits: dict[str, Any], work: str | None) -> None:
+    def __init__(
+        self, child: int, proc: int, limits: dict[str, Any], work: str | None, inner_work: str
+    ) -> None:
+        """`work`: folder without a bound of its own; `inner_work`: what the program calls it."""
         self._child, self._proc, self._limits, self._work = child, proc, limits, work
+        self._inner_work = inner_work
 
     def exceeded(self) -> str | None:
         """ "memory" of all processes together, or "disk" where the work folder has no own bound."""
@@ -117,7 +121,7 @@ class Guard:
 
     def _disk_exceeded(self, work: str, family: list[int]) -> bool:
         deleted = deleted_files(family, os.stat(work).st_dev, self._proc)
-        if mapped_files(family, work, self._proc) - deleted.keys():
+        if mapped_files(family, self._inner_work, self._proc) - deleted.keys():
             return True  # nobody can say how large these are
         num_files, num_bytes = 0, sum(deleted.values())
         folders = [work]
