@@ -154,6 +154,7 @@ def memory_of_system_v():
 
 def memory_of_dev_shm():
     written = 0
+    tried()
     try:
         for index in range(60):
             with open(f"/dev/shm/{FACTS['marker']}-{index}", "wb", buffering=0) as file:

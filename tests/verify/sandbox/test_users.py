@@ -4,6 +4,7 @@ Run: pytest tests/verify/sandbox/test_users.py; with -m slow for the combination
 """
 
 import os
+import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 
 import pytest
@@ -58,3 +59,10 @@ def test_without_one_layer(user: str, layer: str, warm: bool):
     attacked = attack(USERS[user], warm=warm, without=[layer])
     assert layer in attacked.missing
     assert_held(attacked, complete=False)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("bwrap"), reason="bubblewrap is not installed")
+@pytest.mark.parametrize("user", USERS)
+def test_in_bubblewrap(user: str):
+    assert_held(attack(USERS[user], backend="bubblewrap"), complete=False)
