@@ -112,7 +112,7 @@ def _first_call(position: int, call: Call, forbidden: tuple[int, ...], tokenizer
     cut = call.allow if call.sampling.max_tokens == 1 else ("length",)
     return replace(
         call,
-        prompt=prompt_token_ids(tokenizer, call.prompt),
+        prompt=prompt_token_ids(tokenizer, call.prompt),  # type: ignore[arg-type]
         sampling=replace(call.sampling, max_tokens=1),
         via="completions",
         allow=cut,
