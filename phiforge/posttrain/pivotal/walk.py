@@ -28,17 +28,19 @@ class Effort:
     low: float  # a candidate less likely pivotal than this is settled
     high: float  # and one more likely than this
     deviation: float  # and one whose effect is known this well
-    batch: int = 8
+    batch: int = 4  # detours a path and round
     max_rollouts: int = 4000  # detours a path
-    confirm: tuple[int, ...] = (16, 16)  # fresh rollouts on each side, in blocks
+    confirm: tuple[int, ...] = (12, 12)  # fresh rollouts on each side, in blocks
     futile: float = 0.35  # share of the gap below which the first block ends a confirmation
     keep: float = 0.75  # share of the gap that a confirmed effect must have
 
 
 EFFORTS = {
-    "fast": Effort(num_coarse=8, prior=0.1, low=0.12, high=0.8, deviation=0.06),
-    "balanced": Effort(num_coarse=16, prior=0.2, low=0.12, high=0.8, deviation=0.04),
-    "thorough": Effort(num_coarse=16, prior=0.1, low=0.02, high=0.8, deviation=0.04),
+    "fast": Effort(num_coarse=8, prior=0.15, low=0.1, high=0.8, deviation=0.06),
+    "balanced": Effort(num_coarse=10, prior=0.2, low=0.1, high=0.8, deviation=0.04),
+    "thorough": Effort(
+        num_coarse=16, prior=0.1, low=0.02, high=0.8, deviation=0.04, confirm=(16, 16)
+    ),
 }
 
 
