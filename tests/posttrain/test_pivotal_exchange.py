@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from exchange_pairs import all_pairs, byte, lone_bytes, merging, pair, plain, special, tokenizer
+from tokenizers.normalizers import Lowercase
 from tokenizers.processors import TemplateProcessing
 
 from phiforge.core.records import Pair, read_rows, write_records
@@ -400,6 +401,17 @@ def test_an_added_start_token_is_placed_once(tmp_path):
     assert report.refused == []
     assert [t.prefix_token_ids for t in tokens] == [[*start, *plain().prompt_token_ids]]
     assert report.num_duplicates == 1
+
+
+def test_a_context_that_the_tokenizer_changes_is_listed(tmp_path):
+    known = tokenizer()
+    backend = type(known.backend).from_str(known.backend.to_str())
+    backend.normalizer = Lowercase()
+    lower = Tokenizer(backend, eos=known.eos, eod=known.eod, pad=known.pad)
+    path = write_lines(tmp_path / "rows.jsonl", [first_release(plain())])
+    tokens, _, report = import_codelion(path, lower)
+    assert tokens == []
+    assert report.refused[0].reason == "the context does not come back from its token ids"
 
 
 def test_a_file_that_is_no_jsonl_is_named(tmp_path):
