@@ -247,6 +247,12 @@ def test_bad_rows_and_columns_are_named(ours, tmp_path):
     same = ours.pair_dataset([plain()]).map(lambda row: {"rejected_ids": row["chosen_ids"]})
     with pytest.raises(ValueError, match="row 0: chosen_ids and rejected_ids are the same"):
         trainer_of(ours.PivotalDPOTrainer, tmp_path, same)
+    path = tmp_path / "broken.jsonl"
+    export([plain(), special()], "trl", path)
+    first, second = path.read_text().splitlines(keepends=True)
+    path.write_text(first + second.replace("rejected_ids", "rejected"))
+    with pytest.raises(ValueError, match=r"broken.jsonl:2: rejected_ids is None"):
+        ours.pair_dataset(path)
     with pytest.raises(ValueError, match="no pair to train on"):
         ours.pair_dataset([])
 

@@ -31,7 +31,10 @@ def pair_dataset(pairs: Iterable[Pair] | str | Path) -> datasets.Dataset:
     """The trainer's columns: of pair records, of a pivotal stage's pairs.jsonl, or of a file that
     `export` wrote as "trl" or "token-ids". Raises ValueError (FILE:LINE) for a bad pair."""
     if isinstance(pairs, str | Path) and _has_columns(pairs):
-        rows = [{name: row[name] for name in ("id", *COLUMNS)} for _, row in read_rows(pairs)]
+        rows = []
+        for where, row in read_rows(pairs):
+            _checked(row, where)
+            rows.append({"id": str(row.get("id")), **{name: row[name] for name in COLUMNS}})
     else:
         rows = [
             {"id": pair.id, **vars(token_ids(pair, where))} for where, pair in located_pairs(pairs)
