@@ -12,12 +12,11 @@ from pydantic import ValidationError
 from phiforge.core.records import Pair, Problem, read_records, write_records
 from phiforge.core.store import StageDir
 from phiforge.posttrain import pivotal
+from phiforge.posttrain.pivotal.outputs import collect, token_texts
 from phiforge.posttrain.pivotal.stage import (
     PivotalConfig,
     as_prompt,
     choose_problems,
-    collect,
-    token_texts,
     with_room,
 )
 
