@@ -85,13 +85,11 @@ def supervise(
             become_nobody()
         if plan.namespaces:
             _enter_namespaces(plan, limits, proc)
-            work = tree.WORK
         if plan.leave_root and mounts_as_root:
             become_nobody()
         kernel.die_with_parent(server)  # a change of user would undo it
         kernel.adopt_orphans()
-        if not plan.namespaces:
-            work = tempfile.mkdtemp(prefix="phiforge-sandbox-", dir=plan.scratch)
+        work = tree.WORK if plan.namespaces else _work_folder(plan)
         _write_files(work, task.pop("files", {}))
         os.chdir(work)
         standard_input = _memory_file(task.pop("stdin", "").encode("utf-8", "surrogatepass"))
@@ -160,6 +158,10 @@ def map_user(proc: int, inner: int, uid: int, gid: int) -> None:
             os.write(descriptor, text.encode())
         finally:
             os.close(descriptor)
+
+
+def _work_folder(plan: Plan) -> str:
+    return tempfile.mkdtemp(prefix="phiforge-sandbox-", dir=plan.scratch)
 
 
 def _write_files(work: str, files: dict[str, str]) -> None:
