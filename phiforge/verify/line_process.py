@@ -27,6 +27,10 @@ class ProgramFailed(Exception):
     """The program did not answer this line; the next one goes to a new process."""
 
 
+class _Ended(ProgramFailed):
+    """It is gone, without an answer."""
+
+
 class LineProcess:
     """One process, one question at a time; may be used from several threads."""
 
@@ -80,18 +84,11 @@ class LineProcess:
         with self._lock:
             if self._errors.closed:
                 raise ProgramFailed("it is closed")
-            if self._process is None or self._process.poll() is not None:
-                self._stop()
-                try:
-                    self._start()
-                except OSError as error:
-                    raise ProgramFailed(f"it cannot be started again: {error.strerror}") from None
             try:
-                return self._exchange(line.encode() + b"\n").decode(errors="replace")
-            except BaseException:
-                # What it still prints would be taken for the next question's answer.
-                self._stop()
-                raise
+                return self._exchange(line.encode() + b"\n")
+            except _Ended:
+                # It may have ended before this question: nobody looked since the last one.
+                return self._exchange(line.encode() + b"\n")
 
     def _start(self) -> None:
         self._errors.seek(0)
@@ -119,7 +116,21 @@ class LineProcess:
             with contextlib.suppress(OSError):
                 _pipe(pipe).close()
 
-    def _exchange(self, question: bytes) -> bytes:
+    def _exchange(self, question: bytes) -> str:
+        """Ask the running process, or a new one; one that fails is ended."""
+        if self._process is None:
+            try:
+                self._start()
+            except OSError as error:
+                raise ProgramFailed(f"it cannot be started again: {error.strerror}") from None
+        try:
+            return self._answer(question).decode(errors="replace")
+        except BaseException:
+            # What it still prints would be taken for the next question's answer.
+            self._stop()
+            raise
+
+    def _answer(self, question: bytes) -> bytes:
         """Write the question and read the answer as either side is ready."""
         assert self._process is not None
         to, back = _pipe(self._process.stdin).fileno(), _pipe(self._process.stdout).fileno()
@@ -160,7 +171,7 @@ class LineProcess:
             raise self._ended()
         return part
 
-    def _ended(self) -> ProgramFailed:
+    def _ended(self) -> _Ended:
         assert self._process is not None
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(_LEAVE_SECONDS)
@@ -168,7 +179,7 @@ class LineProcess:
         how = "it closed its output" if code is None else f"it ended with exit code {code}"
         self._errors.seek(0)
         said = self._errors.read().decode(errors="replace").strip()[-_SHOWN:]
-        return ProgramFailed(f"{how}{f': {said}' if said else ''}")
+        return _Ended(f"{how}{f': {said}' if said else ''}")
 
 
 def _pipe(pipe: IO[bytes] | None) -> IO[bytes]:

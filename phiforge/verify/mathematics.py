@@ -74,28 +74,35 @@ def final_answer(response: str, *, anchored: bool = False) -> str | None:
     The last \boxed{...}; else the last of GSM8K's "#### ..." and "Answer: ..."; else, unless
     `anchored`, the last LaTeX expression, else the last number. A box that is cut short holds none.
     """
-    boxes = _boxes(response)
-    if boxes:
-        return boxes[-1]
+    boxed = _last_box(response)
+    if boxed is not None:
+        return boxed or None
     answer = _last_line(response)
     if answer or anchored:
         return answer
-    end = response[-_SEARCHED_CHARACTERS:]
-    expressions = [next(filter(None, found.groups())) for found in _MATHS.finditer(end)]
-    if expressions:
-        return expressions[-1].strip() or None
-    numbers = _NUMBER.findall(end)
-    return numbers[-1] if numbers else None
+    return _last_expression(response[-_SEARCHED_CHARACTERS:])
 
 
-def _boxes(text: str) -> list[str | None]:
-    """What the boxes of a text hold, empty ones left out; None for one that is never closed."""
-    found: list[str | None] = []
-    for box in _BOX.finditer(text):
+def _last_expression(text: str) -> str | None:
+    """The last LaTeX expression, or a number after it; "$5 and then $" is none."""
+    last, end = None, 0
+    for found in _MATHS.finditer(text):
+        inside = next(filter(None, found.groups())).strip()
+        if inside and not _WORD.search(_COMMAND.sub(" ", _WRAPPED.sub(" ", inside))):
+            last, end = inside, found.end()
+    numbers = _NUMBER.findall(text, end)
+    return numbers[-1] if numbers else last
+
+
+def _last_box(text: str) -> str | None:
+    """What the last box that is not empty holds: "" if it is never closed; None without a box."""
+    for box in reversed(list(_BOX.finditer(text))):
         inside = box["bare"] or _braced(text, box.end())
-        if inside is None or inside.strip():
-            found.append(inside and inside.strip())
-    return found
+        if inside is None:
+            return ""
+        if inside.strip():
+            return inside.strip()
+    return None
 
 
 def _braced(text: str, start: int) -> str | None:
@@ -170,6 +177,7 @@ def is_close(given: str, reference: str, tolerance: float = 0.0) -> bool:
 def _typed(answer: str) -> str:
     r"""A number written in LaTeX as one would type it: 10{,}000, \frac{1}{2}, 5\text{ cm}."""
     text = re.sub(r"\\[!,;: ]|\{(,)\}|\\q?quad|\\?\$", r"\1", answer.strip())
+    text = re.split(r"=|\\approx", text)[-1]  # x = 5
     text = re.sub(r"(\d?)\s*\\[dt]?frac\s*\{?(\d+)\}?\s*\{?(\d+)\}?", r"\1 \2/\3", text)
     return _WRAPPED.sub(r" \1", text).replace(r"\%", "%").replace("{,}", ",").strip()
 
