@@ -123,7 +123,7 @@ class AloneBatch:
         index = torch.tensor(rows, device=self._ids_bk.device)
         self._ids_bk = self._ids_bk[index]
         if self._cached:
-            self._cache.reorder_cache(index)
+            self._cache.reorder_cache(index)  # type: ignore[union-attr]
 
 
 def why_not_cached(network: Network) -> str | None:
