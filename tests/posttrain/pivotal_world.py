@@ -137,6 +137,16 @@ class ScriptedEngine:
         text = self.tokenizer.decode(ids)
         return Sample(text, tuple(ids), tuple(logs) if logprobs else None, reason)
 
+    def score(
+        self, prompts: Sequence[Sequence[int]], completions: Sequence[Sequence[int]]
+    ) -> list[list[float]]:
+        """Log-probabilities of given tokens."""
+        scores = []
+        for prompt, completion in zip(prompts, completions, strict=True):
+            places = zip([prompt[-1], *completion], completion, strict=False)
+            scores.append([math.log(dict(self.chain.next(a))[b]) for a, b in places])
+        return scores
+
     def _quantile(self, prompt: tuple[int, ...], seed: int, index: int) -> float:
         if self.strata:
             return (index % self.strata + 0.5) / self.strata

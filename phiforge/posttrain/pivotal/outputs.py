@@ -1,4 +1,4 @@
-"""The files of a search: tokens.jsonl, pairs.jsonl, paths.jsonl and rollouts.jsonl.gz.
+"""The files of a search: tokens, pairs and paths (JSONL), rollouts.jsonl.gz, search.json.
 
 `collect(search, num_problems, tokenizer, out)` runs a search to its end, writes them question by
 question, and returns the metrics. The same rollouts give the same bytes.
@@ -15,6 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from phiforge.core.files import write_json
 from phiforge.core.store import Metrics, StageDir
 from phiforge.inference.interface import PromptTokenizer
 from phiforge.posttrain.pivotal.adaptive import by_first_token
@@ -51,7 +52,10 @@ def collect(found: Search, num_problems: int, tokenizer: PromptTokenizer, out: S
             f"band ({counts['below band']} below, {counts['above band']} above); "
             "a wider band, a smaller gap or more questions may help"
         )
-    return _metrics(found, counts, time.monotonic() - begin)
+    metrics = _metrics(found, counts)
+    settings = {"settings": asdict(found.settings), "metrics": metrics}
+    write_json(out.path / "search.json", settings)
+    return metrics | {"seconds": round(time.monotonic() - begin, 2)}
 
 
 def _count(question: QuestionResult) -> Counter[str]:
@@ -68,7 +72,7 @@ def _count(question: QuestionResult) -> Counter[str]:
     )
 
 
-def _metrics(found: Search, counts: Counter[str], seconds: float) -> Metrics:
+def _metrics(found: Search, counts: Counter[str]) -> Metrics:
     return {
         "questions_screened": found.num_questions,
         "questions_in_band": counts["searched"],
@@ -88,7 +92,6 @@ def _metrics(found: Search, counts: Counter[str], seconds: float) -> Metrics:
         "confirm_tokens": found.num_confirm_tokens,
         "pair_tokens": found.num_pair_tokens,
         "discarded_tokens": found.num_discarded_tokens,
-        "seconds": round(seconds, 2),
     }
 
 

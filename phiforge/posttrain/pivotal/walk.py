@@ -123,12 +123,15 @@ class Walk:
                 for place in self._places(group, int(given[group]), seed)
             ]
             self.num_detours += len(positions)
+            known = branches.n.sum()
             counts = {place: positions.count(place) for place in dict.fromkeys(positions)}
             yield [
                 ledger.fresh(self.ids[:place], n, "search", forbidden=self.ids[place])
                 for place, n in counts.items()
             ]
             self.learn(ledger)
+            if branches.n.sum() == known:
+                return  # nothing could be scored, or a record has no more
 
     def _places(self, group: int, n: int, seed: int) -> list[int]:
         """Where `n` detours of a group leave: by its law, reproducibly."""
