@@ -7,7 +7,7 @@ import json
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 
@@ -133,14 +133,23 @@ def run(
         texts = {name: getattr(outcome, name).decode(errors="replace") for name in _STREAMS}
         typer.echo(json.dumps({**asdict(outcome), **texts}, indent=1, ensure_ascii=False))
     else:
-        sys.stdout.buffer.write(outcome.stdout)
-        sys.stdout.flush()
-        sys.stderr.buffer.write(outcome.stderr)
-        sys.stderr.flush()
+        _pass_on(outcome.stdout, sys.stdout)
+        _pass_on(outcome.stderr, sys.stderr)
     if outcome.ended != "exited" or outcome.returncode:
         if not json_output:
             typer.echo(f"phiforge: {_ending(outcome)}", err=True)
         raise typer.Exit(1)
+
+
+def _pass_on(raw: bytes, stream: TextIO) -> None:
+    """What a program wrote, as it is; on a terminal without the sequences that would steer it."""
+    if stream.isatty():
+        text = raw.decode(errors="replace")
+        shown = (c if c.isprintable() or c in "\n\t" else f"\\x{ord(c):02x}" for c in text)
+        raw = "".join(shown).encode(errors="replace")
+    stream.flush()
+    stream.buffer.write(raw)
+    stream.flush()
 
 
 _STREAMS = ("stdout", "stderr")

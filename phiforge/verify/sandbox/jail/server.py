@@ -144,6 +144,8 @@ def _base_plan(
     abi = landlock.version()
     if not abi:
         missing["landlock"] = "the kernel has none (Linux 5.13) or it is not enabled"
+    if not os.path.exists(f"/proc/self/task/{os.getpid()}/children"):
+        missing["memory of all"] = "no /proc/PID/task/TID/children: each process has its own bound"
     machine = platform.machine()
     filters = machine in seccomp.MACHINES and "seccomp" not in without
     if filters:
