@@ -63,16 +63,12 @@ def test_anchored_wants_a_mark():
     assert final_answer(r"\boxed{5} of 6", anchored=True) == "5"
 
 
-def test_final_answer_of_a_long_response_is_quick_to_find():
-    # Nothing here may be looked at once for each of its beginnings.
-    for text in (
-        "\\boxed{" * 20_000,
-        "$" * 50_000,
-        "{" * 50_000,
-        "answer: " * 20_000,
-        "1," * 50_000,
-    ):
-        final_answer(text)
+@pytest.mark.parametrize(
+    ("piece", "answer"),
+    [("\\boxed{", None), ("$", None), ("{", None), ("1,", "1"), ("\\(", None), ("Answer:\n", None)],
+)
+def test_final_answer_of_a_long_response(piece, answer):
+    assert final_answer(piece * 50_000) == answer
 
 
 @pytest.mark.parametrize(

@@ -213,7 +213,9 @@ def _answer_value(value: Any, where: str, column: str) -> str | None:
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, int | float):
-        return repr(value)
+        if value != value:  # what tables put where nothing is
+            return None
+        return str(int(value)) if float(value).is_integer() else repr(value)
     if isinstance(value, Sequence) and len(value) == 1:
         return _answer_value(value[0], where, column)
     raise ValueError(f"{where}: column {column!r} holds {value!r:.60}; an answer is one text")
