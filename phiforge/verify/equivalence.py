@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
@@ -151,7 +152,8 @@ def main() -> None:
     """Answer lines until the input ends."""
     import resource
 
-    resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+    with contextlib.suppress(ValueError, OSError):  # macOS has no such limit
+        resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
     logging.disable(logging.CRITICAL)  # it warns once that its own time limit is off
     for line in sys.stdin:
         asked = json.loads(line)

@@ -17,7 +17,7 @@ from stub_server import React, StubServer, status
 
 from phiforge.core.records import Problem
 from phiforge.data.benchmarks import read_benchmark
-from phiforge.inference.endpoint import Endpoint, Patience
+from phiforge.inference.endpoint import Budget, BudgetExceeded, Endpoint, Patience
 from phiforge.posttrain.pivotal.inputs import as_prompts
 from phiforge.posttrain.pivotal.oracle_code import program_of, until_end_of_function
 from phiforge.posttrain.pivotal.oracles import Oracle, open_oracle
@@ -440,6 +440,15 @@ def test_judge_that_is_down_leaves_responses_unscored():
             assert verdicts(oracle, "a", "b") == ["unscored", "unscored"]
             with pytest.raises(ValueError, match="cannot judge problem 'sum'"):
                 oracle.check(SUM)
+
+
+def test_judge_without_budget_stops():
+    with StubServer(lambda request: React(text='{"correct": true}')) as server:
+        with Endpoint(server.url, "judge", budget=Budget(max_calls=1)) as client:
+            oracle = open_oracle("judge", endpoint=client)
+            assert verdicts(oracle, "a") == [True]
+            with pytest.raises(BudgetExceeded):
+                verdicts(oracle, "b")
 
 
 def test_judge_reads_questions_of_any_form():
