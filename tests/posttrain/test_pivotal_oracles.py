@@ -443,12 +443,15 @@ def test_judge_that_is_down_leaves_responses_unscored():
 
 
 def test_judge_without_budget_stops():
-    with StubServer(lambda request: React(text='{"correct": true}')) as server:
-        with Endpoint(server.url, "judge", budget=Budget(max_calls=1)) as client:
-            oracle = open_oracle("judge", endpoint=client)
-            assert verdicts(oracle, "a") == [True]
-            with pytest.raises(BudgetExceeded):
-                verdicts(oracle, "b")
+    right = React(text='{"correct": true}')
+    with (
+        StubServer(lambda request: right) as server,
+        Endpoint(server.url, "judge", budget=Budget(max_calls=1)) as client,
+    ):
+        oracle = open_oracle("judge", endpoint=client)
+        assert verdicts(oracle, "a") == [True]
+        with pytest.raises(BudgetExceeded):
+            verdicts(oracle, "b")
 
 
 def test_judge_reads_questions_of_any_form():
