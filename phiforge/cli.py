@@ -17,6 +17,7 @@ import typer
 
 from phiforge import __version__
 from phiforge.bench.command import app as bench_app
+from phiforge.posttrain.command import app as pivotal_app
 from phiforge.serve.command import serve
 from phiforge.verify.command import app as sandbox_app
 
@@ -31,6 +32,7 @@ app = typer.Typer(
 
 app.add_typer(bench_app, name="bench")
 app.add_typer(sandbox_app, name="sandbox")
+app.add_typer(pivotal_app, name="pivotal")
 app.command(epilog="Example: `phiforge serve runs/nano-s0 --port 8000`")(serve)
 
 RunsOption = Annotated[Path, typer.Option("--runs", help="Folder that holds the run folders.")]
@@ -229,7 +231,7 @@ def convert(
 ) -> None:
     """Write a model in another format: GGUF with its tokenizer, or safetensors."""
     from phiforge.model.convert import convert as convert_model
-    from phiforge.serve.terminal import find_model
+    from phiforge.model.folders import find_model
 
     result = convert_model(find_model(model), to, out, type=type, dtype=dtype, layout=layout)
     if json_output:

@@ -30,6 +30,7 @@ COMMANDS = (
     "convert",
     "bench",
     "sandbox",
+    "pivotal",
     "doctor",
     "init",
 )

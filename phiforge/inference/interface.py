@@ -151,9 +151,13 @@ class Generator(Protocol):
         ...
 
     def score(
-        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[int]],
+        *,
+        temperature: float = 1.0,
     ) -> list[list[float]]:
-        """Log-probability, at temperature 1, of each token of each completion after its prompt."""
+        """Log-probability of each token of each completion after its prompt, at `temperature`."""
         ...
 
 

@@ -23,9 +23,9 @@ from typing import Any, cast, get_args
 import uvicorn
 
 from phiforge.core.usage import UsageError
+from phiforge.model.folders import find_model
 from phiforge.model.quantize import Format
 from phiforge.serve.app import DEFAULT_MAX_QUEUE, create_app
-from phiforge.serve.terminal import find_model
 from phiforge.serve.ticket import Stopping
 
 DRAIN_SECONDS = 30.0

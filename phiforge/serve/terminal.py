@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TextIO
 
 from phiforge.inference.interface import Request, prompt_token_ids
+from phiforge.model.folders import find_model
 
 if TYPE_CHECKING:
     from phiforge.inference.engine import Engine
 
-MODEL_STAGES = ("dpo-judge", "dpo-pivotal", "sft", "midtrain", "pretrain")  # the last one first
 LEAST_ROOM_TOKENS = 32  # of the context, left for an answer before old turns are dropped
 HELP = """/reset  forget the conversation
 /help   this list
@@ -60,23 +60,6 @@ def chat(
         talk.run(_typed_lines(lines, out))
     else:
         talk.run(lines, apart=True)
-
-
-def find_model(model: str | Path) -> str | Path:
-    """A model folder as it is, a run folder's last model, anything else unchanged (a Hub name)."""
-    folder = Path(model)
-    if not folder.is_dir() or (folder / "config.json").is_file():
-        return model
-    for stage in MODEL_STAGES:
-        if (folder / stage / "model" / "config.json").is_file():
-            return folder / stage / "model"
-    if (folder / "model" / "config.json").is_file():  # a stage's folder
-        return folder / "model"
-    looked = ", ".join(f"{stage}/model" for stage in MODEL_STAGES)
-    raise ValueError(
-        f"{folder}: no model here; neither config.json nor any of {looked} exists: give a model "
-        f"folder, or finish the run (phiforge status {folder})"
-    )
 
 
 class Conversation:

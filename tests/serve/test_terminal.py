@@ -8,10 +8,11 @@ import torch
 from phiforge.inference.engine import Engine
 from phiforge.inference.interface import Request
 from phiforge.model.config import PhiConfig
+from phiforge.model.folders import find_model
 from phiforge.model.huggingface import save
 from phiforge.model.phi import Phi
 from phiforge.model.tokenizer import Tokenizer, train_tokenizer
-from phiforge.serve.terminal import HELP, Conversation, chat, find_model
+from phiforge.serve.terminal import HELP, Conversation, chat
 
 
 @pytest.fixture(scope="module")

@@ -44,6 +44,7 @@ class Answer:
     mask: TokenMask | None = None
     streamed: bool = False
     closed: FinishReason | None = None
+    score_temperature: float = 1.0  # of the log-probabilities of given tokens
     logprobs: list[float] = field(default_factory=list)
     top_logprobs: list[TopLogprobs] = field(default_factory=list)
     finish_reason: FinishReason | None = None

@@ -91,6 +91,11 @@ class Chooser:
             part = slice(start, start + most)
             positions = firsts[rows_n[part]] - 1 + places_n[part]
             logits_nv = self._logits(state, rows_n[part], positions, x)
+            told = [state.answers[row].score_temperature for row in rows_n[part]]
+            if any(temperature != 1.0 for temperature in told):
+                logits_nv = (
+                    logits_nv.float() / logits_nv.new_tensor(told, dtype=torch.float32)[:, None]
+                )
             ids_n = torch.from_numpy(targets_n[part].astype(np.int64)).to(logits_nv.device)
             values[part] = token_logprobs(logits_nv, ids_n).cpu().numpy()
             if state.num_top[rows_n[part]].any():

@@ -213,13 +213,20 @@ class Engine:
         return call.completions()
 
     def score(
-        self, prompts: Sequence[Prompt], completions: Sequence[Sequence[int]]
+        self,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Sequence[int]],
+        *,
+        temperature: float = 1.0,
     ) -> list[list[float]]:
-        """Log-probability of each completion token given all before it, temperature 1, fp32.
+        """Log-probability of each completion token given all before it, in fp32.
 
-        The same numbers, in exact mode to the bit, as `generate` returns. Raises ValueError for an
-        unknown token or a sequence longer than the model's context; NonFiniteLogits.
+        At temperature 1 the same numbers, in exact mode to the bit, as `generate` returns; else
+        those of a sampler at `temperature`. Raises ValueError for an unknown token, a sequence
+        longer than the model's context, or a temperature of 0; NonFiniteLogits.
         """
+        if not temperature > 0:
+            raise ValueError(f"temperature is {temperature}; scores need one above 0")
         if len(prompts) != len(completions):
             raise ValueError(
                 f"score: {len(prompts)} prompts but {len(completions)} completions; give one each"
@@ -230,7 +237,7 @@ class Engine:
             ids = bounds.prompts(prompts, room=0)
             call = self._new_call(bounds)
             for prompt, completion in zip(ids, completions, strict=True):
-                call.ask_score(prompt, completion, sampling)
+                call.ask_score(prompt, completion, sampling, temperature)
         self._drive(call, None)
         return call.logprobs()
 

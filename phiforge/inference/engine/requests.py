@@ -88,6 +88,7 @@ class Bounds:
         sampling: Sampling,
         number: int,
         order: Order,
+        temperature: float = 1.0,
     ) -> Answer:
         """A completion that is there already, to be scored; `number` names it in errors."""
         tokens = tuple(int(token) for token in completion)
@@ -104,6 +105,7 @@ class Bounds:
             order=order,
             tokens=list(tokens),
             closed="length",
+            score_temperature=temperature,
         )
 
     def check_fits(self, name: str, num_prompt: int, num_answer: int) -> None:
@@ -168,10 +170,17 @@ class Call:
             samples.append(self._count(self._answers[key]))
         self._asked.append(samples)
 
-    def ask_score(self, prompt: TokenIds, completion: Sequence[int], sampling: Sampling) -> None:
+    def ask_score(
+        self,
+        prompt: TokenIds,
+        completion: Sequence[int],
+        sampling: Sampling,
+        temperature: float = 1.0,
+    ) -> None:
         """One more prompt whose completion is given."""
         number = len(self._asked)
-        answer = self._bounds.given(prompt, completion, sampling, number, (1, self._number, 0))
+        order = (1, self._number, 0)
+        answer = self._bounds.given(prompt, completion, sampling, number, order, temperature)
         if not answer.tokens:
             self._asked.append([])
             return

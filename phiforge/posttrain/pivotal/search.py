@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 from phiforge.core.records import Problem
 from phiforge.inference.interface import PromptTokenizer, prompt_token_ids
 from phiforge.posttrain.pivotal.estimates import Ledger, Prefix, Request, Rollout
+from phiforge.posttrain.pivotal.inputs import response_text
 from phiforge.posttrain.pivotal.question import investigate
 from phiforge.posttrain.pivotal.results import (
     PairsFrom,
@@ -34,6 +35,8 @@ Oracle = Callable[[Problem, str], bool]
 LOGPROB_DECIMALS = 6
 # Sample numbers of detours: their randomness is not that of the free rollouts of the same prefix.
 DETOURS = 1 << 30
+# Answers in a row without a verdict after which a search stops: the oracle is broken.
+MOST_FAILURES = 2000
 
 
 def search(
@@ -159,6 +162,7 @@ class Search:
         self.num_discarded_tokens = 0
         self._problems = problems
         self._paths = paths or {}
+        self._failures, self._failure = 0, "no reason given"
         self._log_path = log
         self._log: RolloutLog | None = None
         self._active: list[_Active] = []
@@ -248,15 +252,23 @@ class Search:
         wanted = [list(path) for path in self._paths.get(problem.id, ())]
         if not wanted:
             return []
-        scores = self.engine.score([list(prompt)] * len(wanted), wanted)
-        rollouts = []
-        for path, logprobs in zip(wanted, scores, strict=True):
-            rounded = tuple(round(float(x), LOGPROB_DECIMALS) for x in logprobs)
-            success = self._judge(problem, path)
-            if success is None:
-                raise ValueError(f"pivotal: the oracle failed on a given path of {problem.id!r}")
-            rollouts.append(Rollout(tuple(path), success, rounded))
-        return rollouts
+        scores = self._sampler_logprobs([list(prompt)] * len(wanted), wanted)
+        verdicts = self._judge([(problem, path) for path in wanted])
+        if None in verdicts:
+            raise ValueError(f"pivotal: the oracle failed on a given path of {problem.id!r}")
+        return [
+            Rollout(tuple(path), success, logprobs)
+            for path, success, logprobs in zip(wanted, verdicts, scores, strict=True)
+        ]
+
+    def _sampler_logprobs(
+        self, prompts: list[list[int]], answers: list[list[int]]
+    ) -> list[tuple[float, ...]]:
+        """Log-probabilities of whole answers under the law that the rollouts are drawn by."""
+        temperature = self.settings.temperature
+        law = {"temperature": temperature} if temperature != 1.0 else {}
+        scores = self.engine.score(prompts, answers, **law)
+        return [_rounded(row, len(row)) for row in scores]
 
     def _advance(self, active: _Active) -> None:
         try:
@@ -303,10 +315,7 @@ class Search:
             logprobs=first.purpose == "filter",
             **arguments,
         )
-        drawn = [
-            [self._score(active.problem, request, sample) for sample in samples]
-            for (active, request), samples in zip(part, completions, strict=True)
-        ]
+        drawn = self._scored(part, completions)
         if self._log is not None:
             self._log.append(
                 row_of(active.problem.id, active.prompt, request, rollouts)
@@ -319,28 +328,83 @@ class Search:
         """Tokens that may follow a prefix before the answer is cut."""
         return self.settings.max_tokens - len(request.prefix)
 
-    def _score(self, problem: Problem, request: Request, sample: "Completion") -> Rollout:
+    def _scored(
+        self, part: list[tuple[_Active, Request]], completions: "list[list[Completion]]"
+    ) -> list[list[Rollout]]:
+        """The rollouts of a call with the oracle's verdicts, request by request."""
         # A call has one limit, that of its shortest prefix; the others are cut to theirs here, so
         # that no rollout depends on what it was batched with.
-        token_ids = tuple(sample.token_ids[: self._room(request)])
-        success = self._judge(problem, [*request.prefix, *token_ids])
-        logprobs = None
-        if sample.logprobs is not None:
-            logprobs = tuple(
-                round(float(x), LOGPROB_DECIMALS) for x in sample.logprobs[: len(token_ids)]
+        cut = [
+            [sample.token_ids[: self._room(request)] for sample in samples]
+            for (_, request), samples in zip(part, completions, strict=True)
+        ]
+        verdicts = iter(
+            self._judge(
+                [
+                    (active.problem, [*request.prefix, *ids])
+                    for (active, request), answers in zip(part, cut, strict=True)
+                    for ids in answers
+                ]
             )
-        return Rollout(token_ids, success, logprobs)
+        )
+        laws = iter(self._laws(part, cut, completions))
+        return [
+            [Rollout(tuple(ids), next(verdicts), next(laws)) for ids in answers] for answers in cut
+        ]
 
-    def _judge(self, problem: Problem, path: Sequence[int]) -> bool | None:
+    def _laws(
+        self,
+        part: list[tuple[_Active, Request]],
+        cut: Sequence[Sequence[Sequence[int]]],
+        completions: "list[list[Completion]]",
+    ) -> list[tuple[float, ...] | None]:
+        """Log-probabilities of each answer by the sampler's law, where a path may be made of it."""
+        if part[0][1].purpose != "filter":
+            return [None for answers in cut for _ in answers]
+        if self.settings.temperature != 1.0:
+            flat = [list(ids) for answers in cut for ids in answers]
+            prompts = [
+                list(active.prompt)
+                for (active, _), answers in zip(part, cut, strict=True)
+                for _ in answers
+            ]
+            return list(self._sampler_logprobs(prompts, flat))
+        return [
+            _rounded(sample.logprobs or (), len(ids))
+            for answers, samples in zip(cut, completions, strict=True)
+            for ids, sample in zip(answers, samples, strict=True)
+        ]
+
+    def _judge(self, answers: "list[tuple[Problem, Sequence[int]]]") -> list[bool | None]:
+        """The oracle's verdicts on paths' token ids; None where it failed."""
+        pairs = [(problem, response_text(self.tokenizer, path)) for problem, path in answers]
+        many = getattr(self.oracle, "many", None)
+        given = many(pairs) if many is not None else [self._ask(*pair) for pair in pairs]
+        errors = [verdict for verdict in given if isinstance(verdict, OracleError)]
+        self._failure = str(errors[-1]) if errors else self._failure
+        verdicts = [None if isinstance(v, OracleError) else bool(v) for v in given]
+        self._failures = 0 if any(v is not None for v in verdicts) else self._failures + len(pairs)
+        if self._failures >= MOST_FAILURES:
+            raise OracleError(
+                f"pivotal: the oracle failed on {self._failures} answers in a row "
+                f"({self._failure}); nothing that was scored is lost, mend it and search again"
+            )
+        return verdicts
+
+    def _ask(self, problem: Problem, response: str) -> "bool | OracleError":
         try:
-            return bool(self.oracle(problem, self.tokenizer.decode(path, skip_special=True)))
-        except OracleError:
-            return None
+            return bool(self.oracle(problem, response))
+        except OracleError as error:
+            return error
 
     def _header(self) -> dict[str, Any]:
         """What a rollout depends on besides its prefix; the gap is not part of it."""
         names = ("seed", "temperature", "max_tokens")
         return {"format": 1} | {name: getattr(self.settings, name) for name in names}
+
+
+def _rounded(logprobs: Sequence[float], length: int) -> tuple[float, ...]:
+    return tuple(round(float(x), LOGPROB_DECIMALS) for x in logprobs[:length])
 
 
 def _kind(item: tuple[_Active, Request]) -> tuple[str, int, int, bool]:
