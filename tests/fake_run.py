@@ -146,22 +146,43 @@ def _pivotal(folder: Path) -> None:
     p: list[float | None] = [0.42, 0.44, None, 0.45, 0.47, 0.91, None, None, 0.9, None, 0.93,
                              0.66, None, None, 0.7, 0.72, 0.95, None, 0.97, None, 0.98, 1.0, 1.0,
                              1.0]  # fmt: skip
-    with open(folder / "paths.jsonl", "w") as file, open(folder / "pairs.jsonl", "w") as pairs:
-        for number, family in enumerate(list(FAMILIES) * 2):
-            prompt = (
-                f"<|im_start|>user<|im_sep|>{_question(family, number, False)}<|im_end|>"
-                "<|im_start|>assistant<|im_sep|>"
-            )
-            row = {"problem_id": f"{family}/{number}", "family": family, "answer": "31", "path": 0,
-                   "success": number % 2 == 0, "prompt": prompt, "texts": texts, "p": p,
-                   "pivotal": [4, 10, 15]}  # fmt: skip
-            file.write(json.dumps(row) + "\n")
-            facts = {"problem_id": row["problem_id"], "p_before": 0.47, "p_chosen": 0.91,
-                     "n_chosen": 40, "p_rejected": 0.2, "n_rejected": 24,
-                     "delta": 0.71}  # fmt: skip
-            pair = {"id": f"{number}", "prompt": prompt + "12+7=", "chosen": "19",
-                    "rejected": "Answer", "metadata": facts}  # fmt: skip
-            pairs.write(json.dumps(pair) + "\n")
+    for number, family in enumerate(list(FAMILIES) * 2):
+        for name, rows in _pivotal_rows(number, family, texts, p).items():
+            with open(folder / f"{name}.jsonl", "a") as file:
+                file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def _pivotal_rows(
+    number: int, family: str, texts: list[str], p: list[float | None]
+) -> dict[str, list[dict[str, Any]]]:
+    name, asked, ids = f"{family}/{number}", [500, number], list(range(len(texts)))
+    prompt = (
+        f"<|im_start|>user<|im_sep|>{_question(family, number, False)}<|im_end|>"
+        "<|im_start|>assistant<|im_sep|>"
+    )
+    found = [(i, p[i] or 0.0, p[i + 1] or 0.0) for i in (4, 10, 15)]
+    path = {"problem_id": name, "family": family, "answer": "31", "path": 0,
+            "success": number % 2 == 0, "prompt": prompt, "token_ids": ids, "texts": texts, "p": p,
+            "pivotal": [i for i, _, _ in found],
+            "tokens": [{"position": i, "delta": b - a, "low": b - a - 0.12, "high": b - a + 0.1}
+                       for i, a, b in found]}  # fmt: skip
+    tokens = [
+        {"problem_id": name, "path": 0, "position": i, "prompt_token_ids": asked,
+         "prefix_token_ids": asked + ids[:i], "token_id": ids[i], "token": texts[i],
+         "p_before": a, "p_after": b, "delta": b - a, "interval": [b - a - 0.12, b - a + 0.1],
+         "n_after": 40, "successes_after": round(40 * b), "n_off": 40, "p_value": 0.0004,
+         "family": family,
+         "alternatives": [{"token_id": ids[i], "token": texts[i], "n": 33, "successes": 30},
+                          {"token_id": 99, "token": "Answer", "n": 24, "successes": 5}]}
+        for i, a, b in found
+    ]  # fmt: skip
+    facts = {"problem_id": name, "p_before": 0.47, "p_chosen": 0.91, "n_chosen": 40,
+             "p_rejected": 0.2, "n_rejected": 24, "delta": 0.71,
+             "interval": [0.49, 0.83]}  # fmt: skip
+    pair = {"id": f"{number}", "prompt": prompt + "12+7=", "chosen": "19", "rejected": "Answer",
+            "prompt_token_ids": asked + ids[:4], "chosen_token_ids": [4],
+            "rejected_token_ids": [99], "metadata": facts}  # fmt: skip
+    return {"paths": [path], "tokens": tokens, "pairs": [pair]}
 
 
 def _evaluate(folder: Path) -> None:

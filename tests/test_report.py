@@ -11,7 +11,6 @@ from lxml import html as lxml_html
 from phiforge.core.store import StageDir
 from phiforge.report import ReportConfig, build, run
 from phiforge.report.examples import choose, shortened
-from phiforge.report.pivotal import along, choose_paths, question_text
 
 TITLES = [
     "Stages", "Training", "Data mixture", "Accuracy", "Paired tests between stages",
@@ -37,7 +36,7 @@ def titles(text: str) -> list[str]:
 def test_a_whole_run_shows_every_section(page: str) -> None:
     assert titles(page) == TITLES
     tree = lxml_html.document_fromstring(page)
-    heads = tree.xpath("//dl[@class='headline']//dt/text()")
+    heads = tree.xpath("/html/body/dl[@class='headline']//dt/text()")
     assert heads == ["Problems solved", "Pivotal-token DPO", "Recall of one pair at 4× context",
                      "Bogus questions refused", "Whole run"]  # fmt: skip
     assert "phiforge run recipe.yaml" in tree.text_content()
@@ -104,29 +103,25 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         build(tmp_path)
 
 
-def test_pivotal_tokens_take_the_nearest_known_p() -> None:
-    row = {"texts": ["a", "b", "c"], "p": [0.2, None, 0.5, 0.9], "pivotal": [2]}
-    found = list(along(row))
-    assert [(t.p_before, t.p_after, t.pivotal) for t in found] == [
-        (0.2, 0.5, False), (0.2, 0.5, False), (0.5, 0.9, True),
-    ]  # fmt: skip
-    assert found[0].note == "over 2 tokens"
-    assert found[2].note == ""
+def test_pivotal_section_has_the_tables_and_answers_of_the_search(page: str) -> None:
+    tree = lxml_html.document_fromstring(page)
+    (part,) = tree.xpath("//section[@id='pivotal-tokens']")
+    assert len(part.xpath(".//article")) == 8
+    assert len(part.xpath(".//article//b[contains(@class, 'box')]")) == 24
+    text = part.text_content()
+    assert "number 12 3.5" in text
+    assert "pair: 0.91 of 40 over 0.20 of 24, +0.71 [+0.49, +0.83]" in text
 
 
-def test_paths_shown_take_turns_over_families_and_problems() -> None:
-    rows = [
-        {"family": f, "problem_id": f"{f}{i}", "path": p, "pivotal": [1] if i else []}
-        for f in "ab" for i in range(3) for p in range(2)
-    ]  # fmt: skip
-    assert [r["problem_id"] for r in choose_paths(rows, 3)] == ["a1", "b1", "a2"]
-    assert {r["path"] for r in choose_paths(rows, 4)} == {0}
-
-
-def test_questions_lose_their_chat_markers() -> None:
-    chat = "<|im_start|>user<|im_sep|>How?\nSo<|im_end|><|im_start|>assistant<|im_sep|>"
-    assert question_text(chat) == "How?\nSo"
-    assert question_text("Question: x") == "Question: x"
+def test_runs_of_an_earlier_version_still_show_their_answers(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "old", ("tokenizer", "pivotal"))
+    (folder / "pivotal" / "tokens.jsonl").unlink()
+    row = json.loads((folder / "pivotal" / "paths.jsonl").read_text().splitlines()[0])
+    row = {name: row[name] for name in row if name not in ("tokens", "token_ids")}
+    (folder / "pivotal" / "paths.jsonl").write_text(json.dumps(row) + "\n")
+    tree = lxml_html.document_fromstring(build(folder).read_text())
+    labels = [one.text_content() for one in tree.xpath("//span[@class='above']")]
+    assert labels == ["+0.44", "−0.27", "+0.23"]
 
 
 def test_transcripts_shown_are_half_right_half_wrong_where_possible() -> None:

@@ -13,12 +13,14 @@ from phiforge.core.page import (
     Section,
     Series,
     Token,
+    bar,
     code,
     details,
     difference,
     element,
     escape,
     figure,
+    histogram,
     interval_plot,
     join,
     line_plot,
@@ -30,10 +32,12 @@ from phiforge.core.page import (
     pre,
     quantity,
     share,
+    sparkline,
     table,
     token_legend,
     tokens,
     transcript,
+    visible,
 )
 from phiforge.core.stats import Interval, wilson
 
@@ -82,7 +86,12 @@ def test_nothing_a_model_writes_becomes_markup(attack: str) -> None:
         details(attack, attack),
         transcript(attack, attack, answer=attack, verdict=False, note=attack),
         transcript(attack, attack, verdict=True, render=True),
-        tokens([Token(attack, 0.1, 0.9, pivotal=True, note=attack)], prompt=attack),
+        tokens(
+            [Token(attack, 0.1, 0.9, pivotal=True, note=attack, label=attack, hex=attack)],
+            description=attack,
+        ),
+        tokens([Token(attack, 0.1, 0.9, pivotal=True), Token(attack)]),
+        visible(attack),
         table([Column(attack), Column("n", "number")], [[attack, 1], [attack]], caption=attack),
     ):
         check_harmless(made)
@@ -192,26 +201,112 @@ def test_p_values_are_bold_below_the_threshold() -> None:
     assert "0.001" in p_value(0.0)
 
 
-def test_tokens_show_their_change_and_pivotal_ones_are_boxed() -> None:
+def test_tokens_show_p_and_pivotal_ones_are_boxed() -> None:
     made = tokens(
         [
             Token("7", 0.4, 0.9, pivotal=True),
             Token("\n", 0.9, 0.5),
             Token("x"),
             Token("y", 0.5, 0.5),
+            Token("z", 0.5, 0.5),
+            Token("u", 0.5, 0.1, pivotal=True, label="mark"),
+            Token("", 0.1, 0.1, hex="e282"),
         ],
-        prompt="Q",
+        description="A text",
     )
-    assert '<span class="rise pivotal" style="--a:0.375" title="p 0.40 → 0.90">7</span>' in made
-    assert '<sup class="rise">+0.50</sup>' in made
-    assert '<span class="fall" style="--a:0.300"' in made
-    assert "↵</span>\n" in made
-    assert "<span>x</span>" in made
-    assert '<span title="p 0.50 → 0.50">y</span>' in made
-    level = tokens([Token("a", None, 1.0)], by="level")
-    assert 'class="level" style="--a:0.750" title="p 1.00"' in level
-    assert "Δ" in token_legend()
-    assert "p(success) 0" in token_legend("level")
+    assert '<b class="p box rise" style="--p:0.4;--q:0.9" title="p 0.40 → 0.90">7</b>' in made
+    assert '<span class="above">+0.50</span>' in made
+    assert '<span class="p" style="--p:0.9;--q:0.5" title="p 0.90 → 0.50"><i' in made
+    assert "↵</i>\n</span><span>x</span>" in made
+    assert '<span class="p" style="--p:0.5;--q:0.5" title="p 0.50">yz</span>' in made
+    assert '<span class="above">mark</span><b class="p box fall"' in made
+    assert '<i class="hex">E2 82</i>' in made
+    assert 'role="group" aria-label="A text"' in made
+    assert "95% interval" in token_legend()
+
+
+def test_labels_stand_over_the_text_unless_another_box_is_near() -> None:
+    def pins(gap: str) -> list[str]:
+        made = tokens([Token("a", 0, 1, True), Token(gap), Token("b", 0, 1, True)])
+        return re.findall(r'class="(pin[^"]*)"', made)
+
+    assert pins("+") == ["pin", "pin over"]
+    assert pins("+" * 20) == ["pin over", "pin over"]
+    assert pins("\n") == ["pin over", "pin over"]
+
+
+def test_a_break_stands_after_its_box() -> None:
+    made = tokens([Token(";\n", 0.2, 0.8, pivotal=True), Token("x")])
+    assert lxml_html.fragment_fromstring(made).text_content().endswith(";↵\nx")
+
+
+def test_nothing_in_a_text_stays_hidden() -> None:
+    made = visible("a\u202eb\u200bc\xa0\x07\ud800 \t\r\n")
+    shown = lxml_html.fragment_fromstring(made, create_parent="p").text_content()
+    assert shown == "aU+202EbU+200BcU+00A0U+0007U+D800 ⇥\t␍↵\n"
+    assert '<i class="w"> </i>' in made
+    assert visible("né日本 é", spaces=False) == "né日本 é"
+    assert visible("e" + "\u0301" * 40).count('<i class="hex">U+0301</i>') == 38
+    assert visible("x" * 5000) == "x" * 160 + '<i class="hex">+ 4840 characters</i>'
+    assert visible("\n", breaks=False) == '<i class="mark">↵</i>'
+    made.encode()
+
+
+def _luminance(colour: list[float]) -> float:
+    linear = [c / 3294.6 if c <= 10.3 else ((c / 255 + 0.055) / 1.055) ** 2.4 for c in colour]
+    return 0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2]
+
+
+def _contrast(one: list[float], other: list[float]) -> float:
+    dark, light = sorted((_luminance(one), _luminance(other)))
+    return (light + 0.05) / (dark + 0.05)
+
+
+def test_text_on_the_colours_of_p_can_be_read_in_both_schemes() -> None:
+    css = re.search(r"<style>(.*?)</style>", page("x", []), re.DOTALL)
+    assert css
+    (strength,) = set(re.findall(r"\* ([\d.]+)\)", css[1][css[1].index(".p {") :][:600]))
+    schemes = [s for s in re.findall(r"\{([^{}]*--paper[^{}]*)\}", css[1]) if "--up" in s]
+    assert len(schemes) == 4  # light, dark of the system, dark chosen, print
+    for scheme in schemes:
+        named = dict(re.findall(r"--(\w+): ([^;]+);", scheme))
+        of = {name: _colour(named[name]) for name in ("paper", "ink", "quiet", "up", "down")}
+        assert _contrast(of["quiet"], of["paper"]) >= 4.5
+        for p in (0.0, 0.25, 0.5, 0.75, 1.0):
+            alpha = abs(p - 0.5) * float(strength)
+            over = of["up" if p > 0.5 else "down"]
+            mixed = [alpha * a + (1 - alpha) * b for a, b in zip(over, of["paper"], strict=True)]
+            assert _contrast(of["ink"], mixed) >= 4.5, (p, scheme)
+        assert _contrast(of["up"], of["paper"]) >= 3  # the boxes
+        assert _contrast(of["down"], of["paper"]) >= 3
+
+
+def _colour(text: str) -> list[float]:
+    if not text.startswith("#"):
+        return [float(part) for part in text.split()]
+    digits = text[1:] if len(text) == 7 else "".join(c * 2 for c in text[1:])
+    return [int(digits[i : i + 2], 16) for i in (0, 2, 4)]
+
+
+def test_sparklines_keep_their_marks_when_thinned() -> None:
+    made = sparkline([0.2] * 3000 + [0.9] * 3000, marks=[3000], label="p")
+    tree = lxml_html.fragment_fromstring(made)
+    (dot,) = tree.xpath("//circle")
+    assert dot.get("class") == "rise"
+    points = tree.xpath("//polyline/@points")[0].split()
+    assert len(points) < 300
+    assert f"{dot.get('cx')},{dot.get('cy')}" in points
+    assert sparkline([None, 0.5, None], label="p") == ""
+
+
+def test_a_histogram_counts_and_bars_have_their_length() -> None:
+    made = histogram({"a": [0.1, 0.1, 0.9], "b": [0.1]}, [0, 0.5, 1], x="x", y="n", title="t")
+    assert "var(--series-0)" in made
+    assert "var(--series-1)" in made
+    assert made == histogram({"a": [0.1, 0.1, 0.9], "b": [0.1]}, [0, 0.5, 1], x="x", y="n",
+                             title="t")  # fmt: skip
+    assert "--w:0.250" in bar(0.25)
+    assert "--w:1.000" in bar(7)
 
 
 def test_plots_follow_the_page_and_repeat_byte_for_byte() -> None:

@@ -6,9 +6,11 @@ whatever is not `Html` is escaped. Returns text; the caller writes the file.
 
 from phiforge.core.page.layout import Section, details, page
 from phiforge.core.page.markup import Html, element, escape, join
-from phiforge.core.page.plots import Series, figure, figures, interval_plot, line_plot
+from phiforge.core.page.plots import Series, figure, figures, histogram, interval_plot, line_plot
+from phiforge.core.page.sparkline import sparkline
 from phiforge.core.page.tables import (
     Column,
+    bar,
     difference,
     number,
     p_value,
@@ -20,6 +22,7 @@ from phiforge.core.page.tables import (
 from phiforge.core.page.text import code, markdown, pre
 from phiforge.core.page.tokens import Token, token_legend, tokens
 from phiforge.core.page.transcripts import transcript
+from phiforge.core.page.visible import hexadecimal, visible
 
 __all__ = [
     "Column",
@@ -27,6 +30,7 @@ __all__ = [
     "Section",
     "Series",
     "Token",
+    "bar",
     "code",
     "details",
     "difference",
@@ -34,6 +38,8 @@ __all__ = [
     "escape",
     "figure",
     "figures",
+    "hexadecimal",
+    "histogram",
     "interval_plot",
     "join",
     "line_plot",
@@ -45,8 +51,10 @@ __all__ = [
     "pre",
     "quantity",
     "share",
+    "sparkline",
     "table",
     "token_legend",
     "tokens",
     "transcript",
+    "visible",
 ]

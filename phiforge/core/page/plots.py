@@ -1,14 +1,14 @@
 """Plots as inline SVG that follow the page's colours, in light and dark.
 
-Call `line_plot([Series("loss", steps, losses)], x="step", y="loss")` or `interval_plot(...)` and
-put the result into `figure(svg, "caption")`. Writes nothing.
+Call `line_plot([Series("loss", steps, losses)], x="step", y="loss")`, `interval_plot(...)` or
+`histogram(...)` and put the result into `figure(svg, "caption")`. Writes nothing.
 """
 
 import hashlib
 import io
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -114,6 +114,40 @@ def interval_plot(
             axes.set_ylim(y_range[0] * scale, y_range[1] * scale)
 
     return _svg(draw, x, y, title, size, legend=len(series) > 1)
+
+
+def histogram(
+    groups: Mapping[str, Sequence[float]],
+    edges: Sequence[float],
+    *,
+    x: str,
+    y: str,
+    title: str = "",
+    size: tuple[float, float] = (4.6, 2.6),
+) -> Html:
+    """How many values lie between neighbouring `edges`, the groups on top of each other.
+
+    Bins hold their lower edge; the last one holds both. Values beyond the edges are not drawn.
+    """
+
+    def draw(axes: "Axes") -> None:
+        below = np.zeros(len(edges) - 1)
+        for index, (name, values) in enumerate(groups.items()):
+            counts, _ = np.histogram(list(values), bins=list(edges))
+            axes.bar(
+                edges[:-1], counts, np.diff(edges) * 0.92, below, align="edge",
+                color=_SERIES[index % 6],
+                edgecolor=_INK, linewidth=0, label=_literal(name),
+            )  # fmt: skip
+            below += counts
+        axes.set_xlim(edges[0], edges[-1])
+        axes.set_xticks(edges[:: max(1, (len(edges) - 1) // 4)])
+        axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}".replace("-", "−"))
+        axes.set_ylim(0, max(1.0, float(below.max()) * 1.05))
+        axes.yaxis.get_major_locator().set_params(integer=True)
+        axes.grid(axis="x", visible=False)
+
+    return _svg(draw, x, y, title, size, legend=len(groups) > 1)
 
 
 def figure(svg: Html, caption: str | Html = "") -> Html:

@@ -1,7 +1,7 @@
 """Tables whose numbers align and carry their n and interval.
 
 Call `table([Column("stage"), Column("accuracy", "number")], rows)`; `percent`, `difference`,
-`p_value`, `quantity` and `number` make cells. Writes nothing.
+`p_value`, `quantity`, `number` and `bar` make cells. Writes nothing.
 """
 
 from collections.abc import Iterable, Sequence
@@ -102,6 +102,16 @@ def difference(value: float | None, interval: Interval | None = None, digits: in
         limits = f"[{_signed(100 * interval.low, digits)}, {_signed(100 * interval.high, digits)}]"
         parts.append(element("span", limits, class_="interval limits signed"))
     return join(parts)
+
+
+def bar(length: float, style: str = "") -> Html:
+    """A horizontal bar of `length` (0 to 1) of the room it has; the number stands beside it.
+
+    `style` "rise", "fall" or "quiet" names its colour.
+    """
+    width = f"--w:{min(1.0, max(0.0, length)):.3f}"
+    names = f"bar {style}".strip()
+    return element("span", class_=names, style=width, aria_hidden="true")
 
 
 def p_value(value: float | None, threshold: float = 0.05) -> Html:
