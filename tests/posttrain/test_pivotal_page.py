@@ -19,7 +19,9 @@ from phiforge.posttrain.pivotal.outputs import collect
 from phiforge.posttrain.pivotal.page import write_report
 from phiforge.posttrain.pivotal.solutions import along, choose, question_text
 
-ATTACK = "</script><script>document.title='owned'</script><img src=http://x.y/z onerror=alert(1)>"
+ATTACK = (
+    "\u202e</script><script>document.title='owned'</script><img src=http://x.y/z onerror=alert(1)>"
+)
 
 
 def searched(folder: Path, method: str) -> Path:
@@ -131,6 +133,24 @@ def test_a_stage_folder_brings_its_manifest(tmp_path: Path) -> None:
     text = write_report(found, tmp_path / "page.html").read_text()
     assert "method fast · gap 0.3" in text
     assert ">17<" in text
+
+
+def test_options_manifest_and_search_are_read_together(tmp_path: Path) -> None:
+    found = write(tmp_path / "s", paths=[row()], tokens=[token()])
+    files = {
+        "options": {"model": "m7", "settings": {"gap": 0.1}, "oracle_options": {"key": "secret"}},
+        "manifest": {"config": {"gap": 0.3, "dtype": "fp32"}, "metrics": {"seconds": 75.0}},
+        "search": {"settings": {"gap": 0.4}, "metrics": {"filter_tokens": 1500}},
+    }
+    for name, content in files.items():
+        (found / f"{name}.json").write_text(json.dumps(content))
+    findings = read(found)
+    assert findings.settings == {"model": "m7", "gap": 0.4, "dtype": "fp32"}
+    assert findings.metrics == {"seconds": 75.0, "filter_tokens": 1500}
+    text = write_report(found, tmp_path / "page.html").read_text()
+    assert "m7 · gap 0.4" in text
+    assert "1:15" in text
+    assert "secret" not in text
 
 
 def test_a_search_that_found_nothing_says_so(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """What a pivotal search left in its folder, as the report pages want it.
 
-Call `read(folder)`; tokens.jsonl, pairs.jsonl and paths.jsonl must be there, search.json (settings,
-metrics) or a stage's manifest.json and rollouts.jsonl.gz may be. Writes nothing.
+Call `read(folder)`; paths.jsonl must be there; tokens.jsonl, pairs.jsonl, rollouts.jsonl.gz and
+search.json (settings, metrics), options.json or a stage's manifest.json may be. Writes nothing.
 """
 
 import gzip
@@ -19,6 +19,8 @@ Row = dict[str, Any]
 # Pages show examples and shares; past so many answers neither changes, and memory stays small.
 MAX_PATHS = 4000
 MAX_ROLLOUT_BYTES = 64 << 20
+# Of a command's options, what says which search this is.
+_NAMED = ("model", "questions", "preset", "oracle", "format", "think", "dtype", "num_questions")
 _UNUSED = ("prompt_token_ids", "logprobs", "n", "successes", "exact")
 
 
@@ -112,16 +114,23 @@ def _rows(path: Path) -> Iterator[Row]:
 
 
 def _settings(folder: Path) -> tuple[Row, Row]:
-    """(settings, metrics) from search.json, or from the manifest of a recipe's stage."""
-    for name, key in (("search.json", "settings"), ("manifest.json", "config")):
-        if (folder / name).is_file():
-            try:
-                found = json.loads((folder / name).read_text(encoding="utf-8"))
-            except json.JSONDecodeError as error:
-                raise ValueError(f"{folder / name}: not valid JSON ({error.msg})") from None
-            whole = {k: v for k, v in found.items() if k == "model"} if key == "settings" else {}
-            return whole | (found.get(key) or {}), found.get("metrics") or {}
-    return {}, {}
+    """(settings, metrics): the later files know better, and each may be missing."""
+    manifest, options, search = (
+        _json(folder / name) for name in ("manifest.json", "options.json", "search.json")
+    )
+    named = {name: options[name] for name in _NAMED if options.get(name) is not None}
+    model = {"model": search["model"]} if search.get("model") else {}
+    settings = named | (manifest.get("config") or {}) | model | (search.get("settings") or {})
+    return settings, (manifest.get("metrics") or {}) | (search.get("metrics") or {})
+
+
+def _json(path: Path) -> Row:
+    if not path.is_file():
+        return {}
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{path}: not valid JSON ({error.msg}); restore the file") from None
 
 
 def screened(path: Path) -> list[float]:

@@ -14,7 +14,6 @@ from phiforge.core.page import (
     Html,
     bar,
     element,
-    figures,
     hexadecimal,
     join,
     number,
@@ -128,16 +127,10 @@ def kinds_section(findings: Findings) -> Html:
     return join(
         [
             _table("Kind of token", ranked, by_kind, caption, examples=True),
-            figures(
-                [
-                    element(
-                        "div",
-                        element("h3", "By place in the answer"),
-                        _table("Place", [p for p in PLACES if p in by_place], by_place),
-                    ),
-                    element("div", element("h3", "Most frequent"), _texts(findings.paths)),
-                ]
-            ),
+            element("h3", "By place in the answer"),
+            _table("Place", [p for p in PLACES if p in by_place], by_place),
+            element("h3", "Most frequent pivotal tokens"),
+            _texts(findings.paths),
         ]
     )
 

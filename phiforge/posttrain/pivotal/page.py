@@ -80,12 +80,12 @@ def render(findings: Findings) -> str:
 # ------------------------------------------------------------------------------------- the head
 
 
-def _subtitle(settings: Row) -> str:
+def _subtitle(settings: Row) -> Html:
     parts = [str(settings[name]) for name in ("model", "name") if settings.get(name)][:1]
     for name, words in (("method", "method"), ("gap", "gap"), ("temperature", "temperature")):
         if settings.get(name) is not None:
             parts.append(f"{words} {settings[name]}")
-    return " · ".join(parts)
+    return visible(" · ".join(parts), spaces=False)
 
 
 def headline(findings: Findings) -> Html:
@@ -197,7 +197,7 @@ def _families(findings: Findings) -> Html | None:
         right = sum(p["success"] for p in findings.paths if (p.get("family") or "") == name)
         rows.append(
             [
-                name or "(none)",
+                visible(name, spaces=False) or "(none)",
                 answers[name],
                 right,
                 found[name],
@@ -326,6 +326,9 @@ def _settings(findings: Findings) -> list[Section]:
     settings = [(k, v) for k, v in findings.settings.items() if v is not None]
     if not settings:
         return []
-    rows = [[name, element("span", str(value), class_="wrap")] for name, value in settings]
+    rows = [
+        [visible(name), element("span", visible(str(value), spaces=False), class_="wrap")]
+        for name, value in settings
+    ]
     columns = [Column("Setting"), Column("Value", "wide")]
     return [Section("Settings", details("What the search was told", table(columns, rows)))]

@@ -75,15 +75,16 @@ def question_text(prompt: str) -> str:
 def question_block(findings: Findings, paths: Sequence[Row], *, heading: bool = True) -> Html:
     """The question, what was expected, and each answer coloured by p with a table of its tokens."""
     first = paths[0]
-    facts = [first.get("family") or "", f"expected {first['answer']}"]
-    if first.get("answer") is None:
-        facts.pop()
-    title = element("h3", first["problem_id"], element("small", " · ".join(filter(None, facts))))
+    facts = [str(first["family"])] if first.get("family") else []
+    if first.get("answer") is not None:
+        facts.append(f"expected {first['answer']}")
+    line = visible(" · ".join(facts), spaces=False)
+    title = element("h3", visible(first["problem_id"]), element("small", line))
     text = question_text(first["prompt"])
     explained: set[int] = set()
     return element(
         "article",
-        title if heading else element("p", " · ".join(filter(None, facts)), class_="note"),
+        title if heading else element("p", line, class_="note"),
         element("p", visible(text, limit=MAX_QUESTION_CHARACTERS, spaces=False), class_="asked"),
         *(_answer(findings, path, explained) for path in paths),
         class_="solution",
