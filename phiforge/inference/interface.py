@@ -7,13 +7,14 @@ Everything that samples takes a `Generator`: our engine, an endpoint, `transform
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol
 
 FinishReason = Literal["stop", "length", "cancelled"]
 Message = Mapping[str, str]
 Prompt = str | Sequence[int] | Sequence[Message]  # text, token ids, chat messages
 Progress = Callable[[int], object]
+PerPrompt = int | Sequence[int]  # one for all prompts, or one each
 # Asked before every draw with the tokens drawn so far (forced ones included): which tokens may
 # come next, as a bool array [vocabulary], or None for all of them.
 TokenMask = Callable[[Sequence[int]], Any]
@@ -128,14 +129,14 @@ class Generator(Protocol):
         self,
         prompts: Sequence[Prompt],
         *,
-        n: int = 1,
-        max_tokens: int = 256,
+        n: PerPrompt = 1,
+        max_tokens: PerPrompt = 256,
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
         min_p: float = 0.0,
         seed: int = 0,
-        first_index: int = 0,
+        first_index: PerPrompt = 0,
         stop: Sequence[str] = (),
         logprobs: bool = False,
         progress: Progress | None = None,
@@ -143,10 +144,11 @@ class Generator(Protocol):
     ) -> list[list[Completion]]:
         """For each prompt its samples `first_index` .. `first_index + n - 1`, in order.
 
-        Sample i is a function of (seed, the prompt's token ids, i) alone, and of
-        `forbidden_first`: for each prompt the token ids that the first token drawn must not be
-        (the others' probabilities are renormalised; later tokens are free). `progress(k)` is called
-        as k more completions are done.
+        `n`, `max_tokens` and `first_index` are numbers, or one for each prompt. Sample i is a
+        function of (seed, the prompt's token ids, i) alone, and of `forbidden_first`: for each
+        prompt the token ids that the first token drawn must not be (the others' probabilities are
+        renormalised; later tokens are free). `progress(k)` is called as k more completions are
+        done.
         """
         ...
 
@@ -230,3 +232,39 @@ def _check_whole(name: str, value: Any, least: int, note: str = "") -> None:
 def check_count(name: str, value: Any, least: int) -> None:
     """Raises ValueError unless `value` is a whole number of at least `least`."""
     _check_whole(name, value, least)
+
+
+def one_each(name: str, value: PerPrompt, num_prompts: int, least: int) -> list[int]:
+    """`value` for each prompt. Raises ValueError, naming it, for another number of them."""
+    values = [value] * num_prompts if isinstance(value, int) else list(value)
+    if len(values) != num_prompts:
+        raise ValueError(f"{name}: {len(values)} values for {num_prompts} prompts; give one each")
+    for item in values:
+        _check_whole(name, item, least)
+    return values
+
+
+@dataclass(frozen=True)
+class Span:
+    """Which samples of a prompt, and how long each may get."""
+
+    indices: range
+    max_tokens: int
+
+    def of(self, sampling: Sampling) -> Sampling:
+        """`sampling` with this prompt's length."""
+        same = sampling.max_tokens == self.max_tokens
+        return sampling if same else replace(sampling, max_tokens=self.max_tokens)
+
+
+def sample_spans(
+    n: PerPrompt, first_index: PerPrompt, max_tokens: PerPrompt, num_prompts: int
+) -> list[Span]:
+    """The samples of each prompt; ValueError, naming the setting, for what cannot be."""
+    counts = one_each("n", n, num_prompts, 1)
+    firsts = one_each("first_index", first_index, num_prompts, 0)
+    lengths = one_each("max_tokens", max_tokens, num_prompts, 1)
+    return [
+        Span(range(first, first + count), length)
+        for count, first, length in zip(counts, firsts, lengths, strict=True)
+    ]

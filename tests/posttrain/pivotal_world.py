@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from phiforge.core.records import Problem
+from phiforge.inference.interface import PerPrompt, sample_spans
 
 STOP, YES, NO = 0, 1, 2
 START = 100  # a prompt's last token; prompts are [50 + question, START]
@@ -68,12 +69,12 @@ class Sample:
 
 @dataclass
 class Call:
-    """One engine call."""
+    """One engine call; counts, first indices and lengths are one for each prompt."""
 
     prompts: list[tuple[int, ...]]
-    n: int
-    first_index: int
-    max_tokens: int
+    n: list[int]
+    first_index: list[int]
+    max_tokens: list[int]
 
 
 @dataclass
@@ -93,22 +94,29 @@ class ScriptedEngine:
         self,
         prompts: Sequence[Sequence[int]],
         *,
-        n: int,
-        max_tokens: int,
+        n: PerPrompt,
+        max_tokens: PerPrompt,
         temperature: float,
         seed: int,
-        first_index: int,
+        first_index: PerPrompt,
         logprobs: bool,
         forbidden_first: Sequence[Sequence[int]] | None = None,
     ) -> list[list[Sample]]:
         if len(self.calls) == self.die_at:
             raise KeyboardInterrupt
-        self.calls.append(Call([tuple(p) for p in prompts], n, first_index, max_tokens))
-        indices = range(first_index, first_index + n)
+        spans = sample_spans(n, first_index, max_tokens, len(prompts))
+        self.calls.append(
+            Call(
+                [tuple(p) for p in prompts],
+                [len(span.indices) for span in spans],
+                [span.indices.start for span in spans],
+                [span.max_tokens for span in spans],
+            )
+        )
         refused = forbidden_first or [()] * len(prompts)
         return [
-            [self._sample(tuple(p), seed, i, max_tokens, logprobs, no) for i in indices]
-            for p, no in zip(prompts, refused, strict=True)
+            [self._sample(tuple(p), seed, i, s.max_tokens, logprobs, no) for i in s.indices]
+            for p, s, no in zip(prompts, spans, refused, strict=True)
         ]
 
     def _sample(
@@ -159,8 +167,8 @@ class ScriptedEngine:
         return [
             (prompt, i)
             for call in self.calls
-            for prompt in call.prompts
-            for i in range(call.first_index, call.first_index + call.n)
+            for prompt, first, n in zip(call.prompts, call.first_index, call.n, strict=True)
+            for i in range(first, first + n)
         ]
 
 

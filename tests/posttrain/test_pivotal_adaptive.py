@@ -100,7 +100,7 @@ def test_detours_avoid_the_path_and_have_their_own_randomness() -> None:
                 detours += len(rollouts)
                 assert all(r.token_ids[0] != request.forbidden for r in rollouts)
     assert detours
-    assert any(call.first_index >= DETOURS for call in engine.calls)
+    assert any(max(call.first_index) >= DETOURS for call in engine.calls)
 
 
 @pytest.mark.parametrize(("flight", "calls"), [(1, 16), (3, 100), (64, 4096)])

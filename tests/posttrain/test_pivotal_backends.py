@@ -102,13 +102,30 @@ class AsServed:
         self,
         prompts: Any,
         *,
-        n: int,
+        n: Any,
+        max_tokens: Any,
         seed: int,
-        first_index: int,
+        first_index: Any,
         forbidden_first: Any = None,
         **settings: Any,
     ) -> Any:
-        if forbidden_first is None:
+        bans = forbidden_first or [()] * len(prompts)
+        each = zip(prompts, n, max_tokens, first_index, bans, strict=True)
+        return [
+            self.one([prompt], count, seed, first, [ban], max_tokens=length, **settings)[0]
+            for prompt, count, length, first, ban in each
+        ]
+
+    def one(
+        self,
+        prompts: Any,
+        n: int,
+        seed: int,
+        first_index: int,
+        forbidden_first: Any,
+        **settings: Any,
+    ) -> Any:
+        if not any(forbidden_first):
             return self.seeded(prompts, n, first_index, seed, **settings)
         self.num_bans += len(prompts)
         bans = {"forbidden_first": forbidden_first}

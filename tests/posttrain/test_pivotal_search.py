@@ -145,8 +145,9 @@ def test_more_rollouts_than_the_filter_drew_continue_at_the_next_index() -> None
     (question,) = search(engine, n_filter=16, n_rollouts=48, band=(0, 1)).questions()
     root = (50, START)
     assert sorted(i for prompt, i in engine.drawn if prompt == root) == list(range(48))
-    top_up = [c for c in engine.calls if root in c.prompts and c.first_index]
-    assert [(c.first_index, c.n) for c in top_up] == [(16, 32)]
+    places = [(c, c.prompts.index(root)) for c in engine.calls if root in c.prompts]
+    asked = [(c.first_index[place], c.n[place]) for c, place in places]
+    assert asked == [(0, 16), (16, 32)]
     assert question.root is not None
     assert question.root.n == 48
 
@@ -185,7 +186,7 @@ def test_a_path_cut_by_the_limit_is_finished_and_continuations_stay_within_it() 
     assert all(len(path.token_ids) <= 4 for path in question.paths)
     rollouts = question.ledger.rollouts
     assert max(len(prefix) + len(r.token_ids) for prefix in rollouts for r in rollouts[prefix]) == 4
-    assert max(call.max_tokens for call in engine.calls) == 4
+    assert max(max(call.max_tokens) for call in engine.calls) == 4
 
 
 def test_characters_split_over_tokens_survive() -> None:

@@ -36,10 +36,12 @@ from phiforge.inference.endpoint.transport import Access, Transport
 from phiforge.inference.endpoint.wire import Prepared, Preparer, Server
 from phiforge.inference.interface import (
     Completion,
+    PerPrompt,
     Progress,
     Prompt,
     Sampling,
     check_count,
+    sample_spans,
     stop_strings,
 )
 
@@ -214,14 +216,14 @@ class Endpoint:
         self,
         prompts: Sequence[Prompt],
         *,
-        n: int = 1,
-        max_tokens: int = 256,
+        n: PerPrompt = 1,
+        max_tokens: PerPrompt = 256,
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
         min_p: float = 0.0,
         seed: int = 0,
-        first_index: int = 0,
+        first_index: PerPrompt = 0,
         stop: Sequence[str] = (),
         logprobs: bool = False,
         progress: Progress | None = None,
@@ -239,8 +241,9 @@ class Endpoint:
         """
         if "content_filter" in allow:
             raise ValueError("allow: a Completion cannot say 'content_filter'; use answer(...)")
+        spans = sample_spans(n, first_index, max_tokens, len(prompts))
         sampling = Sampling(
-            max_tokens=max_tokens,
+            max_tokens=max((span.max_tokens for span in spans), default=1),
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
@@ -251,14 +254,14 @@ class Endpoint:
         calls = [
             Call(
                 prompt=prompt,
-                sampling=sampling,
-                n=n,
-                first_index=first_index,
+                sampling=span.of(sampling),
+                n=len(span.indices),
+                first_index=span.indices.start,
                 seed=seed,
                 allow=allow,
                 template_version=template_version,
             )
-            for prompt in prompts
+            for prompt, span in zip(prompts, spans, strict=True)
         ]
         if forbidden_first is None:
             results = all_answered(self.answer(calls, progress=progress))

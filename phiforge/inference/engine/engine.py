@@ -27,12 +27,14 @@ from phiforge.inference.engine.turns import Turns
 from phiforge.inference.engine.weights import Weights, from_model, stamp
 from phiforge.inference.interface import (
     Completion,
+    PerPrompt,
     Progress,
     Prompt,
     Request,
     Sampling,
     TokenMask,
     check_count,
+    sample_spans,
     stop_strings,
 )
 from phiforge.model.config import PhiConfig
@@ -157,14 +159,14 @@ class Engine:
         self,
         prompts: Sequence[Prompt],
         *,
-        n: int = 1,
-        max_tokens: int = 256,
+        n: PerPrompt = 1,
+        max_tokens: PerPrompt = 256,
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
         min_p: float = 0.0,
         seed: int = 0,
-        first_index: int = 0,
+        first_index: PerPrompt = 0,
         stop: Sequence[str] = (),
         logprobs: bool = False,
         progress: Progress | None = None,
@@ -185,8 +187,9 @@ class Engine:
         Raises ValueError for a wrong setting or prompt, naming it; NonFiniteLogits for a damaged
         model; whatever a mask raises.
         """
+        spans = sample_spans(n, first_index, max_tokens, len(prompts))
         sampling = Sampling(
-            max_tokens=max_tokens,
+            max_tokens=max((span.max_tokens for span in spans), default=1),
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
@@ -194,8 +197,6 @@ class Engine:
             stop=stop_strings(stop),
             logprobs=logprobs,
         )
-        check_count("n", n, 1)
-        check_count("first_index", first_index, 0)
         with self.lock:
             bounds = self._bounds()
             ids = bounds.prompts(prompts)
@@ -206,9 +207,9 @@ class Engine:
                 masks = [forbid_first(tokens) if tokens else None for tokens in forbidden_first]
             rules = _one_each("masks", masks, len(ids), None)
             call = self._new_call(bounds)
-            indices = range(first_index, first_index + n)
-            for prompt, start, mask in zip(ids, starts, rules, strict=True):
-                call.ask(prompt, sampling, seed, indices, start, mask)
+            for prompt, span, start, mask in zip(ids, spans, starts, rules, strict=True):
+                law = span.of(sampling)
+                call.ask(prompt, law, seed, span.indices, start, mask)
         self._drive(call, progress)
         return call.completions()
 

@@ -21,10 +21,12 @@ from phiforge.inference.engine.constrain import Constraint, forbid_first
 from phiforge.inference.engine.requests import Bounds, Call
 from phiforge.inference.interface import (
     Completion,
+    PerPrompt,
     Progress,
     Prompt,
     Sampling,
     check_count,
+    sample_spans,
     stop_strings,
 )
 from phiforge.inference.transformers.batch import AloneBatch, Batch, SharedBatch, why_not_cached
@@ -106,14 +108,14 @@ class TransformersModel:
         self,
         prompts: Sequence[Prompt],
         *,
-        n: int = 1,
-        max_tokens: int = 256,
+        n: PerPrompt = 1,
+        max_tokens: PerPrompt = 256,
         temperature: float = 1.0,
         top_p: float = 1.0,
         top_k: int = 0,
         min_p: float = 0.0,
         seed: int = 0,
-        first_index: int = 0,
+        first_index: PerPrompt = 0,
         stop: Sequence[str] = (),
         logprobs: bool = False,
         progress: Progress | None = None,
@@ -125,8 +127,9 @@ class TransformersModel:
         `forbidden_first`. Raises ValueError for a wrong setting or prompt, naming it;
         NonFiniteLogits for a damaged model.
         """
+        spans = sample_spans(n, first_index, max_tokens, len(prompts))
         sampling = Sampling(
-            max_tokens=max_tokens,
+            max_tokens=max((span.max_tokens for span in spans), default=1),
             temperature=temperature,
             top_p=top_p,
             top_k=top_k,
@@ -134,16 +137,13 @@ class TransformersModel:
             stop=stop_strings(stop),
             logprobs=logprobs,
         )
-        check_count("n", n, 1)
-        check_count("first_index", first_index, 0)
         with self._running():
             bounds = self._bounds()
             ids = bounds.prompts(prompts)
             masks = _masks(forbidden_first, len(ids))
             call = Call(bounds, self._num_calls)
-            indices = range(first_index, first_index + n)
-            for prompt, mask in zip(ids, masks, strict=True):
-                call.ask(prompt, sampling, seed, indices, (), mask)
+            for prompt, span, mask in zip(ids, spans, masks, strict=True):
+                call.ask(prompt, span.of(sampling), seed, span.indices, (), mask)
             answers = call.begin()
             try:
                 draw_all(

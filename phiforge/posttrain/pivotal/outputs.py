@@ -150,6 +150,7 @@ def path_rows(question: QuestionResult, tokenizer: PromptTokenizer) -> Iterator[
             "prompt_token_ids": question.prompt_token_ids,
             "token_ids": path.token_ids,
             "texts": token_texts(path.token_ids, tokenizer),
+            **_hexadecimal(path.token_ids, tokenizer),
             "logprobs": path.logprobs,
             "p": path.p,
             **_along(path.estimates),
@@ -177,6 +178,18 @@ def token_texts(token_ids: Iterable[int], tokenizer: PromptTokenizer) -> list[st
     texts = [decoder.decode(tokenizer.token_bytes(token)) for token in token_ids]
     rest = decoder.decode(b"", final=True)
     return [*texts[:-1], texts[-1] + rest] if texts else []
+
+
+def _hexadecimal(token_ids: Iterable[int], tokenizer: PromptTokenizer) -> dict[str, dict[str, str]]:
+    """Bytes of the tokens that are no text by themselves, by position; none: no field."""
+    found = {}
+    for place, token in enumerate(token_ids):
+        raw = tokenizer.token_bytes(token)
+        try:
+            raw.decode()
+        except UnicodeDecodeError:
+            found[str(place)] = raw.hex()
+    return {"hex": found} if found else {}
 
 
 def rollout_rows(question: QuestionResult) -> Iterator[dict[str, Any]]:

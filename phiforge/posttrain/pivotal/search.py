@@ -7,7 +7,7 @@ questions. Writes only the rollout log it is given; results come in question ord
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
-from itertools import groupby, islice
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -288,10 +288,9 @@ class Search:
                 active.ledger.add(request, logged)
             else:
                 fresh.append((active, request))
-        # One call has one n, first index and purpose; the sort keeps the questions' order.
-        for kind, group in groupby(sorted(fresh, key=_kind), key=_kind):
-            items = iter(group)
-            while part := list(islice(items, max(1, self.limits.rollouts_per_call // kind[1]))):
+        # Log-probabilities are wanted of the filter's answers alone; the rest is one call.
+        for _, group in groupby(sorted(fresh, key=_of_search), key=_of_search):
+            for part in _parts(list(group), self.limits.rollouts_per_call):
                 self._generate(part)
 
     def _logged(self, active: _Active, request: Request) -> list[Rollout] | None:
@@ -301,19 +300,17 @@ class Search:
 
     def _generate(self, part: list[tuple[_Active, Request]]) -> None:
         """One engine call; its rollouts are scored, logged, then added to their ledgers."""
-        first = part[0][1]
-        arguments: dict[str, Any] = {}
-        if first.forbidden is not None:
-            arguments["forbidden_first"] = [[request.forbidden] for _, request in part]
+        requests = [request for _, request in part]
+        banned = [() if r.forbidden is None else (r.forbidden,) for r in requests]
         completions = self.engine.generate(
             [[*active.prompt, *request.prefix] for active, request in part],
-            n=first.n,
-            max_tokens=max(self._room(request) for _, request in part),
+            n=[request.n for request in requests],
+            max_tokens=[self._room(request) for request in requests],
             temperature=self.settings.temperature,
             seed=self.settings.seed,
-            first_index=first.first_index + (DETOURS if first.forbidden is not None else 0),
-            logprobs=first.purpose == "filter",
-            **arguments,
+            first_index=[r.first_index + (0 if r.forbidden is None else DETOURS) for r in requests],
+            logprobs=requests[0].purpose == "filter",
+            forbidden_first=banned if any(banned) else None,
         )
         drawn = self._scored(part, completions)
         if self._log is not None:
@@ -332,47 +329,43 @@ class Search:
         self, part: list[tuple[_Active, Request]], completions: "list[list[Completion]]"
     ) -> list[list[Rollout]]:
         """The rollouts of a call with the oracle's verdicts, request by request."""
-        # A call has one limit, that of its shortest prefix; the others are cut to theirs here, so
-        # that no rollout depends on what it was batched with.
-        cut = [
-            [sample.token_ids[: self._room(request)] for sample in samples]
-            for (_, request), samples in zip(part, completions, strict=True)
-        ]
+        drawn = [[sample.token_ids for sample in samples] for samples in completions]
         verdicts = iter(
             self._judge(
                 [
                     (active.problem, [*request.prefix, *ids])
-                    for (active, request), answers in zip(part, cut, strict=True)
+                    for (active, request), answers in zip(part, drawn, strict=True)
                     for ids in answers
                 ]
             )
         )
-        laws = iter(self._laws(part, cut, completions))
+        laws = iter(self._laws(part, drawn, completions))
         return [
-            [Rollout(tuple(ids), next(verdicts), next(laws)) for ids in answers] for answers in cut
+            [Rollout(tuple(ids), next(verdicts), next(laws)) for ids in answers]
+            for answers in drawn
         ]
 
     def _laws(
         self,
         part: list[tuple[_Active, Request]],
-        cut: Sequence[Sequence[Sequence[int]]],
+        drawn: Sequence[Sequence[Sequence[int]]],
         completions: "list[list[Completion]]",
     ) -> list[tuple[float, ...] | None]:
         """Log-probabilities of each answer by the sampler's law, where a path may be made of it."""
         if part[0][1].purpose != "filter":
-            return [None for answers in cut for _ in answers]
+            return [None for answers in drawn for _ in answers]
         if self.settings.temperature != 1.0:
-            flat = [list(ids) for answers in cut for ids in answers]
+            flat = [list(ids) for answers in drawn for ids in answers]
             prompts = [
                 list(active.prompt)
-                for (active, _), answers in zip(part, cut, strict=True)
+                for (active, _), answers in zip(part, drawn, strict=True)
                 for _ in answers
             ]
             return list(self._sampler_logprobs(prompts, flat))
         return [
-            _rounded(sample.logprobs or (), len(ids))
-            for answers, samples in zip(cut, completions, strict=True)
-            for ids, sample in zip(answers, samples, strict=True)
+            _rounded(sample.logprobs or (), len(sample.token_ids))
+            for samples in completions
+            for sample in samples
         ]
 
     def _judge(self, answers: "list[tuple[Problem, Sequence[int]]]") -> list[bool | None]:
@@ -407,6 +400,21 @@ def _rounded(logprobs: Sequence[float], length: int) -> tuple[float, ...]:
     return tuple(round(float(x), LOGPROB_DECIMALS) for x in logprobs[:length])
 
 
-def _kind(item: tuple[_Active, Request]) -> tuple[str, int, int, bool]:
-    request = item[1]
-    return request.purpose, request.n, request.first_index, request.forbidden is not None
+def _of_search(item: tuple[_Active, Request]) -> bool:
+    return item[1].purpose != "filter"
+
+
+def _parts(
+    items: list[tuple[_Active, Request]], most: int
+) -> Iterator[list[tuple[_Active, Request]]]:
+    """Cut requests into calls of at most `most` rollouts, at least one request each."""
+    part: list[tuple[_Active, Request]] = []
+    count = 0
+    for item in items:
+        if part and count + item[1].n > most:
+            yield part
+            part, count = [], 0
+        part.append(item)
+        count += item[1].n
+    if part:
+        yield part
