@@ -89,6 +89,45 @@ def test_score_returns_the_logprobs_of_generate(dtype):
     assert mine.score([], []) == []
 
 
+@pytest.mark.parametrize("temperature", [0.3, 0.7, 2.0])
+def test_score_at_a_temperature_is_the_sampler_s_law(temperature):
+    model = engine()
+    prompt, answer = [5, 9, 2], [7, 3, 3, 8]
+    (scored,) = model.score([prompt], [answer], temperature=temperature)
+    logits = model.model(torch.tensor([prompt + answer]))[0, 2:-1].float()
+    law = torch.log_softmax(logits / temperature, dim=-1)
+    expected = law.gather(1, torch.tensor(answer)[:, None])[:, 0]
+    assert scored == pytest.approx(expected.tolist(), abs=1e-4)
+    with pytest.raises(ValueError, match="temperature is 0"):
+        model.score([prompt], [answer], temperature=0)
+
+
+def test_counts_lengths_and_first_indices_may_differ_by_prompt():
+    model = engine()
+    prompts = [[5, 9], [4, 4, 4], [1, 2]]
+    together = model.generate(prompts, n=[2, 1, 3], max_tokens=[8, 3, 5], first_index=[0, 7, 2])
+    for i, prompt in enumerate(prompts):
+        alone = model.generate(
+            [prompt], n=[2, 1, 3][i], max_tokens=[8, 3, 5][i], first_index=[0, 7, 2][i]
+        )
+        assert tokens(together)[i] == tokens(alone)[0]
+    with pytest.raises(ValueError, match="n: 2 values for 3 prompts"):
+        model.generate(prompts, n=[1, 2])
+    with pytest.raises(ValueError, match="max_tokens is 0"):
+        model.generate(prompts, max_tokens=[1, 0, 1])
+
+
+def test_a_forbidden_first_token_is_never_first_and_may_come_later():
+    model = engine()
+    free = model.generate([[5, 9]], n=64, max_tokens=6)[0]
+    common = max((c.token_ids[0] for c in free), key=[c.token_ids[0] for c in free].count)
+    barred = model.generate([[5, 9], [5, 9]], n=64, max_tokens=6, forbidden_first=[[common], []])
+    assert all(c.token_ids[0] != common for c in barred[0])
+    assert tokens([barred[1]]) == tokens([free])
+    with pytest.raises(ValueError, match="not both"):
+        model.generate([[5]], masks=[None], forbidden_first=[[1]])
+
+
 def test_first_index_continues_the_samples():
     mine = engine()
     whole = tokens(mine.generate(["abc", "abd"], n=6, max_tokens=8))

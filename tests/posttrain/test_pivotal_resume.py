@@ -29,17 +29,20 @@ def results(engine: ScriptedEngine, log: Path | None, **more: Any) -> list[Any]:
     return [(q.status, q.root, q.paths, q.tokens, q.pairs, q.ledger) for q in run.questions()]
 
 
-def test_killed_at_every_call_it_ends_the_same_and_draws_nothing_twice(tmp_path: Path) -> None:
+@pytest.mark.parametrize("method", ["paper", "balanced"])
+def test_killed_at_every_call_it_ends_the_same_and_draws_nothing_twice(
+    tmp_path: Path, method: str
+) -> None:
     undisturbed = ScriptedEngine(FORK)
-    expected = results(undisturbed, None)
+    expected = results(undisturbed, None, method=method)
     assert len(undisturbed.calls) > 8
     for call in range(len(undisturbed.calls)):
         log = tmp_path / f"{call}.jsonl"
         first = ScriptedEngine(FORK, die_at=call)
         with pytest.raises(KeyboardInterrupt):
-            results(first, log)
+            results(first, log, method=method)
         second = ScriptedEngine(FORK)
-        assert results(second, log) == expected
+        assert results(second, log, method=method) == expected
         assert Counter(first.drawn + second.drawn) == Counter(undisturbed.drawn)
 
 
