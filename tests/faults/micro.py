@@ -52,6 +52,7 @@ sft: {{context: 256, tokens_per_step: 1024, lr: 1e-3, checkpoint_every: 1}}
 pivotal:
   num_questions: 4
   n_filter: 6
+  method: paper
   n_rollouts: 6
   max_tokens: 6
   band: [0.0, 1.0]

@@ -143,6 +143,9 @@ def test_text_prompts_become_chat_messages() -> None:
         {"pair_gap": 2},
         {"system": "x", "prompt_format": "text"},
         {"unknown": 1},
+        {"n_rollouts": 10},
+        {"method": "paper", "n_pair": 10},
+        {"method": "fast", "pairs_from": "all_prefixes"},
     ],
 )
 def test_bad_settings_are_refused(fields: dict[str, Any]) -> None:

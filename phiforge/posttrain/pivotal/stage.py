@@ -75,6 +75,11 @@ class PivotalConfig(StageConfig):
     @model_validator(mode="after")
     def _check(self) -> "PivotalConfig":
         Settings(**self.search_arguments())
+        paper = self.method == "paper"
+        others = {"n_pair"} if paper else {"n_rollouts", "pairs_from"}
+        for name in sorted(others):  # a resolved recipe names every field: defaults are no wish
+            if getattr(self, name) != type(self).model_fields[name].default:
+                raise ValueError(f"{name} has no effect with method {self.method!r}; leave it out")
         if self.system is not None and self.prompt_format == "text":
             raise ValueError("system needs prompt_format: chat; a text prompt has no system part")
         return self
