@@ -147,8 +147,8 @@ def square(x):
         "import json\nreal = json.dumps\n"
         "json.dumps = lambda r, **k: real({'seal': r.get('seal'), 'done': True, 'held': 9})\n"
         "def square(x): return 0",
-        "crash",
-        "before its checks",
+        "fail",
+        "compared 0 with 9",
     ),
     "the interpreter's own builtins": (
         "own = print.__self__\nown.any = own.all = lambda x: False\nown.abs = lambda x: 0\n"
