@@ -29,6 +29,7 @@ def bench(monkeypatch, capsys, tmp_path):
     return call
 
 
+@pytest.mark.slow
 def test_engine(bench, tmp_path):
     pytest.importorskip("transformers")
     code, result = bench("engine", "--peer", "transformers", "--out", "b.json")

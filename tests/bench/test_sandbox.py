@@ -50,6 +50,7 @@ def contestants(monkeypatch):
     return put
 
 
+@pytest.mark.slow
 def test_whole(bench, tmp_path):
     try:
         Sandbox().close()

@@ -324,6 +324,7 @@ def test_hostile_text_is_inert_and_stays_small(tmp_path: Path) -> None:
     assert "default-src 'none'" in policy
 
 
+@pytest.mark.slow
 def test_many_answers_leave_the_page_small(tmp_path: Path) -> None:
     texts = [f" word{i}" for i in range(250)]
     p = [0.5 + 0.4 * ((i * 7) % 10 < 5) for i in range(251)]
@@ -339,6 +340,7 @@ def test_many_answers_leave_the_page_small(tmp_path: Path) -> None:
     assert shown >= page.NUM_SOLUTIONS // 2
 
 
+@pytest.mark.slow
 def test_very_long_answers_leave_the_head_of_the_page_small(tmp_path: Path) -> None:
     count = 8000
     p = [0.5 + 0.4 * (i % 2) for i in range(count + 1)]
