@@ -249,3 +249,11 @@ def test_threads_of_the_client_may_end_while_their_sandbox_lives():
     thread.join()
     with made[0] as sandbox:
         assert sandbox.run(program("print(1)")).stdout == b"1\n"
+
+
+@pytest.mark.parametrize(("system", "machine"), [("Darwin", "arm64"), ("Linux", "riscv64")])
+def test_other_systems_are_refused_by_name(monkeypatch, system: str, machine: str):
+    monkeypatch.setattr("platform.system", lambda: system)
+    monkeypatch.setattr("platform.machine", lambda: machine)
+    with pytest.raises(SandboxUnavailable, match=f"needs Linux.*{system} on {machine}"):
+        Sandbox(unsafe=True)
