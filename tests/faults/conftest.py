@@ -3,21 +3,11 @@
 import json
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 from micro import Forks, Result, output_hashes, write_recipe
-
-
-@dataclass(frozen=True)
-class Undisturbed:
-    """A run that nothing disturbed: what it made and its durable operations per stage."""
-
-    recipe: Path
-    run: Path
-    hashes: dict[str, str]
-    operations: dict[str, int]
+from undisturbed import Undisturbed
 
 
 @pytest.fixture(scope="session")

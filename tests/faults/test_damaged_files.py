@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Undisturbed
 from micro import Forks, Result, output_hashes
+from undisturbed import Undisturbed
 
 
 def truncate(file: Path) -> None:

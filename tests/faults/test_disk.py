@@ -14,8 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Undisturbed
 from micro import HERE, Forks, Result, output_hashes
+from undisturbed import Undisturbed
 
 from phiforge.core import store
 from phiforge.core.files import write_json

@@ -8,8 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Undisturbed
 from micro import Forks, Result, output_hashes
+from undisturbed import Undisturbed
 
 from phiforge.stages import STAGES
 

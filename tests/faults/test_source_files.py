@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Undisturbed
 from micro import Result, output_hashes
+from undisturbed import Undisturbed
 
 BAD: dict[str, tuple[bytes, str]] = {
     "empty.txt": (b"", "the file is empty"),

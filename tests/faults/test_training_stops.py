@@ -9,8 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import Undisturbed
 from micro import Result, output_hashes
+from undisturbed import Undisturbed
 
 
 @pytest.fixture
