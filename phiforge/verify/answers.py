@@ -146,7 +146,7 @@ def _equal_number(given: str, reference: str) -> bool:
     return found is not None and bool(_WORDS.fullmatch(found[1])) and found[0] == wanted[0]
 
 
-def _quantity(text: str) -> tuple[Fraction, str] | None:
+def parse_quantity(text: str) -> tuple[Fraction, str] | None:
     """A number with a known unit as (value in base units, dimension)."""
     parsed = parse_number(text)
     if parsed is None:
@@ -157,13 +157,13 @@ def _quantity(text: str) -> tuple[Fraction, str] | None:
 
 
 def _equal_quantity(given: str, reference: str) -> bool:
-    wanted = _quantity(reference)
+    wanted = parse_quantity(reference)
     if wanted is None:
         raise ValueError(
             f"the reference answer {reference!r} is not a number with one of the units "
             f"{', '.join(_UNITS)}"
         )
-    return _quantity(given) == wanted
+    return parse_quantity(given) == wanted
 
 
 def _normal(text: str) -> str:

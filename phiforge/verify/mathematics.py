@@ -13,8 +13,7 @@ import sys
 import threading
 from fractions import Fraction
 
-from phiforge.verify.answers import OracleError, extract_answer, parse_number
-from phiforge.verify.answers import _quantity as parse_quantity
+from phiforge.verify.answers import OracleError, extract_answer, parse_number, parse_quantity
 from phiforge.verify.equivalence import MAX_CHARACTERS
 from phiforge.verify.line_process import LineProcess, ProgramFailed
 

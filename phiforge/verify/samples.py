@@ -63,7 +63,7 @@ def read_problems(path: Path) -> dict[str, CodeProblem]:
     problems: dict[str, CodeProblem] = {}
     for where, row in read_rows(path):
         try:
-            problem = _problem(row)
+            problem = code_problem(row)
         except (TypeError, ValueError, KeyError) as error:
             raise ValueError(f"{where}: {error}") from None
         if problem.id in problems:
@@ -74,7 +74,7 @@ def read_problems(path: Path) -> dict[str, CodeProblem]:
     return problems
 
 
-def _problem(row: Any) -> CodeProblem:
+def code_problem(row: Any) -> CodeProblem:
     if not isinstance(row, Mapping):
         raise ValueError("a problem must be a JSON object")
     number = row.get("task_id", row.get("id"))

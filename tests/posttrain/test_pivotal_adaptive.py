@@ -8,8 +8,11 @@ import pytest
 from pivotal_world import CANCEL, FORK, START, STOP, Chain, ScriptedEngine, oracle, problems
 
 from phiforge.posttrain import pivotal
+from phiforge.posttrain.pivotal.adaptive import Confirmed, partners
 from phiforge.posttrain.pivotal.branches import Branches
+from phiforge.posttrain.pivotal.estimates import Estimate, Ledger, Request, Rollout
 from phiforge.posttrain.pivotal.search import DETOURS
+from phiforge.posttrain.pivotal.walk import Walk
 
 METHODS = ("fast", "balanced", "thorough")
 
@@ -151,3 +154,17 @@ def test_an_answer_that_always_succeeds_or_fails_is_left_alone() -> None:
     (question,) = search(ScriptedEngine(sure), 1, band=(0, 1)).questions()
     assert question.tokens == []
     assert question.ledger.num_tokens["confirm"] == 0
+
+
+def test_a_partner_at_the_length_limit_needs_no_rollout() -> None:
+    """Nothing can follow a counterpart that is the last token that fits: its p is known."""
+    ledger = Ledger()
+    walk = Walk(Rollout((10, 1), True, (0.0, math.log(0.5))), None, gap=0.2)
+    detours = [Rollout((2,), False)] * 4
+    ledger.add(Request((10,), 0, 4, "search", forbidden=1), detours)
+    found = Confirmed(1, 0.5, Estimate(1, 1, exact=True), Estimate(4, 0), num_before=4)
+    settings = pivotal.Settings(method="balanced", max_tokens=2)
+    coroutine = partners(walk, found, ledger, settings, stop_ids=())
+    with pytest.raises(StopIteration) as stop:
+        next(coroutine)
+    assert stop.value.value == (2, Estimate(1, 0, exact=True))

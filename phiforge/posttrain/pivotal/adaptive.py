@@ -195,6 +195,8 @@ def partners(
     prefix = (*before, other)
     if prefix in ledger.finished:
         return other, ledger.finished[prefix]
+    if len(prefix) >= settings.max_tokens:  # nothing can follow: its detours all ended alike
+        return other, Estimate(1, int(usable[other].successes > 0), exact=True)
     if fresh.n < settings.n_pair:
         drawn = ledger.num_drawn(prefix)
         yield [ledger.fresh(prefix, settings.n_pair - fresh.n, "pair")]

@@ -58,7 +58,7 @@ def code_problem(problem: Problem) -> Any:
 
     Raises ValueError when there are none.
     """
-    from phiforge.verify.samples import _problem as parse
+    from phiforge.verify.samples import code_problem as parse
 
     return parse({"id": problem.id, **problem.metadata})
 

@@ -150,7 +150,7 @@ class Walk:
         return [
             int(self.branches.starts[c])
             for c, p in zip(self.branches.candidates, probability, strict=True)
-            if p >= min(effort.high, 0.5)
+            if p >= 0.5
         ]
 
 
